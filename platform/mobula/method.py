@@ -46,7 +46,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune.registry import register_trainable
 
-from mobula.errors import ArtifactError, ClusterError, ConfigError, nearest
+from mobula.errors import ArtifactError, ClusterError, ConfigError, MobulaError, nearest
 from mobula.learning.learners import Batch
 from mobula.sampling.rollout import Rollout
 from mobula.sampling.runner import TensorEnvRunner
@@ -344,6 +344,9 @@ class Method(Algorithm):
                 if ids
                 else []
             )
+            for samples, _ in results:
+                if samples and isinstance(samples[0], MobulaError):
+                    raise samples[0]
             if results:
                 return results
             # All of them died or stalled: Ray restarts the actors; take those that answer again.

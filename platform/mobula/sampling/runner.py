@@ -40,7 +40,7 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor
 
 from mobula import registry
-from mobula.errors import ConfigError, EnvironmentFault
+from mobula.errors import ConfigError, EnvironmentFault, MobulaError
 from mobula.sampling.actions import act, action_map, log_probability, random_actions, to_space
 from mobula.sampling.rollout import Rollout
 from mobula.sampling.tensor_env import TensorEnv
@@ -187,10 +187,18 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
     def sample_and_report(
         self, weights: Any = None, *, report: bool = True, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """One call for what an iteration needs: takes the weights, samples, reports metrics (None if not `report`)."""
+        """One call for what an iteration needs: takes the weights, samples, reports metrics (None if not `report`).
+
+        A fault that the user can mend comes back as a value: RLlib swallows what an actor raises and goes on.
+        """
         if weights is not None:
             self.set_state(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
-        samples = self.sample(**kwargs)
+        try:
+            samples = self.sample(**kwargs)
+        except MobulaError as fault:
+            if not self.worker_index:
+                raise
+            return [fault], None
         return samples, self.get_metrics() if report else None
 
     def _reset(self) -> None:

@@ -1,0 +1,481 @@
+"""The command line.  Exit codes: 0 done, 1 the run failed, 2 the user's mistake (one line on standard error).
+
+Ray and torch are imported only where they are needed: `--help`, `methods` and `envs` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from mobula.errors import ConfigError, MobulaError, nearest
+
+app = typer.Typer(
+    name="mobula",
+    help="Published learning methods as RLlib algorithms: train, evaluate and reproduce them, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _print(*values: Any) -> None:
+    from rich.console import Console
+
+    Console().print(*values)
+
+
+def _parse(text: str) -> Any:
+    """A value from the command line, read as YAML: 3, 0.1, true, [64, 64], word."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r}: {' '.join(str(error).split())}") from error
+    if isinstance(value, str):
+        # YAML takes 1e-3 for a word.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _pairs(entries: list[str], option: str) -> dict[str, Any]:
+    found = {}
+    for entry in entries:
+        name, sign, value = entry.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"{option} {entry}: write it as key=value")
+        found[name.strip().replace("-", "_")] = _parse(value)
+    return found
+
+
+def _knob_flags(arguments: list[str], known: list[str], where: str) -> dict[str, Any]:
+    """--t-max 8 --lr=0.1 -> {"t_max": 8, "lr": 0.1}.  A flag without a value is true, --no-flag is false."""
+    found: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            raise ConfigError(f"unexpected argument {argument!r}; settings are written --name value")
+        flag, sign, text = argument[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in known:
+            if name.startswith("no_") and name[3:] in known and not sign:
+                found[name[3:]] = False
+                continue
+            options = [option.replace("_", "-") for option in known]
+            raise ConfigError(f"{where} has no option --{flag}.{nearest(flag, options)}")
+        if not sign:
+            following = arguments[position] if position < len(arguments) else None
+            if following is None or following.startswith("--"):
+                found[name] = True
+                continue
+            text = following
+            position += 1
+        found[name] = _parse(text)
+    return found
+
+
+# Lists ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def methods() -> None:
+    """Every method, a line each."""
+    from rich.table import Table
+
+    from mobula import registry
+
+    _listing(Table(title="methods", title_justify="left", box=None, pad_edge=False), registry.methods())
+    _print("\n[dim]mobula train NAME --help shows the settings of one.[/dim]")
+
+
+@app.command()
+def envs() -> None:
+    """Every tensor environment, a line each; any gymnasium ID works too, as gymnasium:ID."""
+    from rich.table import Table
+
+    from mobula import registry
+
+    _listing(Table(title="environments", title_justify="left", box=None, pad_edge=False), registry.envs())
+    _print("\n[dim]Any gymnasium environment: --env gymnasium:HalfCheetah-v5[/dim]")
+
+
+def _listing(table: Any, entries: list[Any]) -> None:
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("from", style="dim", no_wrap=True)
+    for entry in entries:
+        table.add_row(entry.name, entry.summary, entry.source)
+    _print(table)
+
+
+@app.command()
+def cite(method: Annotated[str, typer.Argument(help="name of a method")]) -> None:
+    """Prints the BibTeX entry of a method."""
+    from mobula import registry
+
+    cls: Any = registry.config_class(method)
+    citation = getattr(cls, "citation", "")
+    if not citation:
+        if cls.__module__.startswith("ray."):
+            citation = (
+                "@inproceedings{liang2018rllib,\n  title     = {{RLlib}: Abstractions for Distributed Reinforcement Learning},\n"
+                "  author    = {Liang, Eric and Liaw, Richard and Nishihara, Robert and Moritz, Philipp and Fox, Roy and\n"
+                "               Goldberg, Ken and Gonzalez, Joseph and Jordan, Michael and Stoica, Ion},\n"
+                "  booktitle = {International Conference on Machine Learning},\n  year      = {2018}\n}"
+            )
+        else:
+            raise ConfigError(f"{method} declares no citation")
+    typer.echo(citation)
+
+
+# Train ----------------------------------------------------------------------------------------------------
+
+
+@app.command(context_settings=PASS_THROUGH)
+def train(
+    context: typer.Context,
+    method: Annotated[str | None, typer.Argument(help="name of a method (`mobula methods`)")] = None,
+    env: Annotated[str | None, typer.Option("--env", help="environment, or gymnasium:ID")] = None,
+    env_set: Annotated[list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any setting of the config, key=value")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with the run's settings")] = None,
+    dump_config: Annotated[bool, typer.Option("--dump-config", help="prints the settings as YAML and stops")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="seed of everything random")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", help="training iterations")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="key=value: env_steps, seconds, return, iterations, or any metric's full name"),
+    ] = None,
+    num_env_runners: Annotated[
+        int | None, typer.Option("--num-env-runners", help="env runner actors; 0 samples in this process")
+    ] = None,
+    num_envs: Annotated[int | None, typer.Option("--num-envs", help="environments of each env runner")] = None,
+    num_learners: Annotated[int | None, typer.Option("--num-learners", help="learner actors; 0 learns here")] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder of run folders")] = Path("runs"),
+    checkpoint_every: Annotated[
+        int | None, typer.Option("--checkpoint-every", help="iterations between checkpoints")
+    ] = None,
+    track: Annotated[bool, typer.Option("--track/--no-track", help="track the run in MLflow")] = True,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow URI (default: MLFLOW_TRACKING_URI, else <out>/mlflow.db)")
+    ] = None,
+    experiment: Annotated[str | None, typer.Option("--experiment", help="MLflow experiment (default: the method)")] = None,
+    address: Annotated[str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="prints the run folder only")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="shows the logs of Ray and RLlib")] = False,
+    help_: Annotated[bool, typer.Option("--help", "-h", help="this text; with a method, its settings too")] = False,
+) -> None:
+    """Trains a method on an environment, in a run folder of its own."""
+    if help_ or (method is None and config is None):
+        _train_help(context, method)
+        return
+    from mobula import running
+
+    given = running.load_yaml(config) if config is not None else {}
+    name = method or given.get("method")
+    if name is None:
+        raise ConfigError(f"{config} names no method, and the command line gives none")
+    environment = env or given.get("env")
+    flags = _knob_flags(context.args, _settings_of(name), name)
+    settings = {**given.get("settings", {}), **_pairs(set_ or [], "--set"), **flags}
+    chosen = running.make_config(
+        name,
+        environment,
+        env_config={**given.get("env_config", {}), **_pairs(env_set or [], "--env-set")},
+        settings=settings,
+        seed=seed if seed is not None else given.get("seed"),
+        num_env_runners=_first(num_env_runners, given.get("num_env_runners")),
+        num_envs_per_env_runner=_first(num_envs, given.get("num_envs_per_env_runner")),
+        num_learners=_first(num_learners, given.get("num_learners")),
+    )
+    if dump_config:
+        typer.echo(running.dump_config(chosen), nl=False)
+        return
+    targets = {**given.get("stop", {}), **_pairs(stop or [], "--stop")}
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in targets.values()):
+        raise ConfigError("--stop takes numbers: key=value")
+    if iterations is not None:
+        if iterations < 1:
+            raise ConfigError(f"--iterations {iterations}: at least 1")
+        targets["iterations"] = iterations
+    with _progress_bar(f"{name} on {environment}", quiet) as progress:
+        run = running.train(
+            chosen,
+            stop=targets or None,
+            out=out,
+            track=track,
+            tracking_uri=tracking_uri,
+            experiment=experiment,
+            address=address,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+            verbose=verbose,
+        )
+    if quiet:
+        typer.echo(run.path)
+    else:
+        _report(run)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _settings_of(name: str) -> list[str]:
+    from mobula import registry
+    from mobula.method import MethodConfig, _training_arguments
+
+    cls = registry.config_class(name)
+    own = list(cls.hyperparameters()) if issubclass(cls, MethodConfig) else []
+    return [*own, *sorted(_training_arguments(cls) - set(own))]
+
+
+def _train_help(context: typer.Context, method: str | None) -> None:
+    typer.echo(context.get_help())
+    typer.echo(
+        "\nExamples:\n"
+        "  mobula train mac --env goal_grid --env-set size=7 --stop env_steps=80000 --seed 1\n"
+        "  mobula train PPO --env cartpole --num-env-runners 2 --stop return=475\n"
+        "  mobula train PPO --env gymnasium:HalfCheetah-v5 --normalize-observations --stop env_steps=1000000\n"
+        "  mobula train mac --env goal_grid --t-max 8 --dump-config > mac.yaml && mobula train --config mac.yaml\n"
+    )
+    if method is None:
+        typer.echo("With a method (mobula train mac --help) this lists its hyper-parameters.")
+        return
+    from rich.table import Table
+
+    from mobula import registry
+    from mobula.method import MethodConfig, _training_arguments
+
+    cls = registry.config_class(method)
+    if not issubclass(cls, MethodConfig):
+        plain = cls()
+        typer.echo(f"Settings of {registry.method_name(method)} (RLlib's `training`; see RLlib's documentation):")
+        for name in sorted(_training_arguments(cls)):
+            value = getattr(plain, name, None)
+            if isinstance(value, int | float | str | bool | list) or value is None:
+                typer.echo(f"  --{name.replace('_', '-')}  [default: {value}]")
+        return
+    summary = (cls.__doc__ or "").split("\n", 1)[0]
+    table = Table(title=f"{registry.method_name(method)}: {summary}", title_justify="left", show_lines=False)
+    for column in ("option", "default", "allowed", "meaning"):
+        table.add_column(column, no_wrap=column == "option")
+    for name, knob in cls.hyperparameters().items():
+        table.add_row(f"--{name.replace('_', '-')}", str(knob.default), knob.range, knob.help)
+    _print(table)
+
+
+@contextmanager
+def _progress_bar(title: str, quiet: bool) -> Iterator[Any]:
+    if quiet:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        Remaining(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task(title, total=1.0, metrics="starting Ray")
+
+        def show(row: dict[str, float], share: float) -> None:
+            bar.update(task, completed=share, metrics=_headline(row))
+
+        yield show
+
+
+def _headline(row: dict[str, float]) -> str:
+    parts = [f"{int(row['env_steps']):,} steps"]
+    if "env_runners/episode_return_mean" in row:
+        parts.append(f"return {row['env_runners/episode_return_mean']:.1f}")
+    elif row.get("env_runners/num_env_steps_sampled"):
+        mean = row.get("env_runners/reward_sum", 0.0) / row["env_runners/num_env_steps_sampled"]
+        parts.append(f"reward/step {mean:.4f}")
+    return ", ".join(parts)
+
+
+def _report(run: Any) -> None:
+    from rich.table import Table
+
+    from mobula.running import reward_per_step
+
+    table = Table(title="result", title_justify="left", show_header=False)
+    last = run.last
+    seconds = last.get("time_total_s", 0.0)
+    table.add_row("environment steps", f"{int(last['env_steps']):,}")
+    table.add_row("training time", f"{seconds:.1f} s ({last['env_steps'] / max(seconds, 1e-9):,.0f} steps/s)")
+    if "env_runners/episode_return_mean" in last:
+        table.add_row("training return (mean)", f"{last['env_runners/episode_return_mean']:.2f}")
+    else:
+        rewards = reward_per_step(run.rows)
+        tail = rewards[-max(1, len(rewards) // 8) :]
+        table.add_row("reward per step (last eighth)", f"{sum(tail) / len(tail):.4f}")
+    found = run.evaluation
+    if "episode_return_mean" in found:
+        table.add_row("evaluation return (mean)", f"{found['episode_return_mean']:.2f}")
+    elif found.get("num_env_steps_sampled"):
+        table.add_row("evaluation reward per step", f"{found['reward_sum'] / found['num_env_steps_sampled']:.4f}")
+    _print(table)
+    for label, value in (
+        ("run folder", run.path),
+        ("policy", run.path / "policy" if (run.path / "policy").is_dir() else None),
+        ("figure", run.figure),
+        ("tracked in", run.tracking_uri),
+    ):
+        if value is not None:
+            typer.echo(f"{label + ':':12} {value}")
+    if run.tracking_uri and run.tracking_uri.startswith("sqlite"):
+        typer.echo(f"{'look:':12} mlflow ui --backend-store-uri {run.tracking_uri}")
+    for note in run.notes:
+        typer.echo(f"note: {note}")
+
+
+# Evaluate, export -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder, or an exported policy")],
+    env: Annotated[str | None, typer.Option("--env", help="another environment than the one it was trained in")] = None,
+    env_set: Annotated[list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")] = None,
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="whole episodes to play")] = 10,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps, where a task never ends")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", help="seed of environments and actions")] = 0,
+    explore: Annotated[
+        bool | None, typer.Option("--explore/--deterministic", help="sampled or likeliest actions (default: as trained)")
+    ] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="film of one episode: out.mp4 or out.gif")] = None,
+) -> None:
+    """Plays a trained policy, without Ray; prints what it reaches, with a 95 % interval.
+
+    Examples: mobula evaluate runs/LAST --episodes 100 · mobula evaluate runs/LAST --video film.mp4
+    """
+    from mobula import running
+    from mobula.artifact import load_policy
+
+    policy = load_policy(run)
+    world = env or policy.manifest["env"]
+    if world is None:
+        raise ConfigError("the policy names no environment: give one with --env")
+    settings = {**(policy.manifest["env_config"] if env is None else {}), **_pairs(env_set or [], "--env-set")}
+    found = running.evaluate_policy(
+        policy, world, episodes=episodes, steps=steps, seed=seed, explore=explore, env_config=settings
+    )
+    if "returns" in found:
+        from mobula.experiment.statistics import mean
+
+        estimate = mean(found["returns"])
+        _print(
+            f"return {estimate.value:.2f}  [{estimate.low:.2f}, {estimate.high:.2f}] (95 %), "
+            f"{len(found['returns'])} episodes of {sum(found['lengths']) / len(found['lengths']):.1f} steps on {world}"
+        )
+    else:
+        _print(f"reward per step {found['reward_per_step']:.4f} over {found['steps']:,} steps on {world}")
+    if video is not None:
+        frames = running.record_video(policy, world, video, seed=seed, explore=explore, env_config=settings)
+        _print(f"film: {video} ({frames} frames)")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder, or an exported policy")],
+    onnx: Annotated[Path, typer.Option("--onnx", help="file to write")],
+) -> None:
+    """Writes a trained policy as an ONNX model, checked against torch."""
+    from mobula.artifact import load_policy
+
+    worst = load_policy(run).export_onnx(onnx)
+    _print(f"{onnx}: obs -> (action_dist_inputs, action); differs from torch by at most {worst:.1e}")
+
+
+# Reproduce ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    method: Annotated[str, typer.Argument(help="a method that declares an experiment")],
+    budget: Annotated[str, typer.Option("--budget", help="paper, or smoke for a quick look")] = "paper",
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="seeds of every task (default: as declared)")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder (default: reproductions/, or runs/ for smoke)")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="keep the finished cells of an earlier run")] = True,
+    track: Annotated[bool, typer.Option("--track/--no-track", help="log to MLflow")] = True,
+    tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow URI")] = None,
+    address: Annotated[str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
+) -> None:
+    """Runs the experiment of a method and judges its claims, each with its interval.
+
+    Example: mobula reproduce mac --budget smoke
+    """
+    from mobula.experiment import reproduce as run
+
+    result = run(
+        method,
+        budget=budget,
+        seeds=seeds,
+        out=out,
+        resume=resume,
+        track=track,
+        tracking_uri=tracking_uri,
+        address=address,
+        progress=not quiet,
+    )
+    from mobula.experiment.ledger import claims_table
+
+    _print(claims_table(result))
+    for figure in result["figures"]:
+        typer.echo(f"figure: {Path(result['folder']) / figure}")
+    typer.echo(f"result: {Path(result['folder']) / 'result.json'}")
+    if result["failed_cells"]:
+        for cell in result["failed_cells"]:
+            typer.echo(f"failed: {cell['cell']}: {cell['error']}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Looks at this machine: what is installed, what works, what to mend."""
+    from mobula.doctor import examine
+
+    healthy = True
+    for name, good, text in examine():
+        healthy &= good
+        _print(f"{'[green]ok[/green]  ' if good else '[red]mend[/red]'}  [bold]{name}[/bold]  {text}")
+    raise typer.Exit(0 if healthy else 1)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what the user can mend."""
+    # Ray takes seconds to say things that no user of a run needs.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    try:
+        app()
+    except MobulaError as error:
+        print(f"mobula: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mobula: interrupted; the run folder keeps what was done", file=sys.stderr)
+        sys.exit(1)
