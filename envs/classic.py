@@ -20,7 +20,7 @@ class _Drawn(TensorEnv):
     gymnasium_id: str
     _mirror: gymnasium.Env[Any, Any] | None = None
 
-    def render(self) -> np.ndarray[Any, Any] | None:
+    def render(self) -> Any:
         if self._mirror is None:
             self._mirror = gymnasium.make(self.gymnasium_id, render_mode="rgb_array")
             self._mirror.reset(seed=0)
@@ -109,7 +109,7 @@ class Pendulum(_Drawn):
         angle, speed = state["state"].unbind(1)
         return torch.stack([angle.cos(), angle.sin(), speed], dim=1).float()
 
-    def render(self) -> np.ndarray[Any, Any] | None:
+    def render(self) -> Any:
         if self._mirror is not None:
             self._mirror.unwrapped.last_u = None  # type: ignore[attr-defined]
         return super().render()
@@ -131,9 +131,7 @@ class Acrobot(_Drawn):
             **kwargs,
         )
         self.gravity = gravity
-        self._speed_limits = torch.tensor(
-            [4 * math.pi, 9 * math.pi], dtype=torch.float64, device=self.device
-        )
+        self._speed_limits = torch.tensor([4 * math.pi, 9 * math.pi], dtype=torch.float64, device=self.device)
 
     def initial(self, n: int) -> State:
         uniform = torch.rand(n, 4, generator=self.generator, dtype=torch.float64, device=self.device)

@@ -80,14 +80,21 @@ class ChainConfig(MethodConfig):
     rejected = NO_DISCOUNT
 
     features = hyperparameter(
-        "auto", None, "tables or networks; auto: tables for discrete observations", choices=["auto", "tabular", "mlp"]
+        "auto",
+        None,
+        "tables or networks; auto: tables for discrete observations",
+        choices=["auto", "tabular", "mlp"],
     )
     hidden = hyperparameter([200, 200], tune.choice([[64, 64], [200, 200]]), "hidden layers of the networks")
     continuing_wrapper = hyperparameter(
         True, None, "takes episodic environments by making a reset a transition; otherwise they are refused"
     )
-    r_min = hyperparameter(None, None, "smallest reward, lower clip of eta (default: what the environment declares)")
-    r_max = hyperparameter(None, None, "largest reward, upper clip of eta (default: what the environment declares)")
+    r_min = hyperparameter(
+        None, None, "smallest reward, lower clip of eta (default: what the environment declares)"
+    )
+    r_max = hyperparameter(
+        None, None, "largest reward, upper clip of eta (default: what the environment declares)"
+    )
     report_every = hyperparameter(500, None, "transitions of one training iteration (of reports)", low=1)
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -135,7 +142,9 @@ class ChainConfig(MethodConfig):
         return ContinuingWrapper(env)
 
 
-def directions(module: ChainModule, batch: Mapping[str, Tensor], *, entropy_coeff: float = 0.0) -> list[list[Tensor]]:
+def directions(
+    module: ChainModule, batch: Mapping[str, Tensor], *, entropy_coeff: float = 0.0
+) -> list[list[Tensor]]:
     """Weighted sums of the per-sample directions f, g, h, all at the same (eta, omega, theta).
 
     batch: obs, actions, rewards, new_obs, weight [N].  With delta_i = r_i - eta + V(s'_i) - V(s_i):
@@ -167,11 +176,10 @@ class ChainMethod(Method):
     def setup(self, config: Any) -> None:
         super().setup(config)
         declared = self._runners().foreach_env_runner(
-            lambda runner: None if runner.env is None else (runner.env.reward_range or "undeclared")
+            lambda runner: runner.env.reward_range if runner.env is not None else None
         )
-        known = next((found for found in declared if found is not None), "undeclared")
-        low, high = (None, None) if known == "undeclared" else known
-        self.reward_range = (
+        low, high = next((found for found in declared if found is not None), (None, None))
+        self.reward_range: tuple[float | None, float | None] = (
             self.config.r_min if self.config.r_min is not None else low,
             self.config.r_max if self.config.r_max is not None else high,
         )

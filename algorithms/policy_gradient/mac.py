@@ -24,7 +24,7 @@ from torch import Tensor
 from mobula.algorithms.common import average_reward as exact
 from mobula.algorithms.policy_gradient.chain import ChainConfig, ChainMethod, clip_gain, directions
 from mobula.errors import ConfigError, TrainingFault
-from mobula.learning.learners import Batch, TensorLearner
+from mobula.learning.learners import Batch, Learner
 from mobula.method import hyperparameter
 from mobula.sampling.rollout import Rollout
 
@@ -121,21 +121,37 @@ class MACConfig(ChainConfig):
     )
 
     t_max = hyperparameter(16, tune.choice([4, 8, 16, 32]), "longest rollout, a power of two", low=2)
-    c_actor = hyperparameter(10.0, tune.loguniform(0.3, 30), "AdaGrad numerator of the actor (tables)", low=0.0)
-    c_critic = hyperparameter(3.0, tune.loguniform(0.1, 10), "AdaGrad numerator of the critic (tables)", low=0.0)
-    c_reward = hyperparameter(0.05, tune.loguniform(1e-2, 1), "AdaGrad numerator of the gain estimate", low=0.0)
+    c_actor = hyperparameter(
+        10.0, tune.loguniform(0.3, 30), "AdaGrad numerator of the actor (tables)", low=0.0
+    )
+    c_critic = hyperparameter(
+        3.0, tune.loguniform(0.1, 10), "AdaGrad numerator of the critic (tables)", low=0.0
+    )
+    c_reward = hyperparameter(
+        0.05, tune.loguniform(1e-2, 1), "AdaGrad numerator of the gain estimate", low=0.0
+    )
     g0 = hyperparameter(100.0, tune.loguniform(1e-2, 1e3), "initial AdaGrad accumulator", low=0.0)
-    kappa_actor = hyperparameter(0.0, tune.uniform(0, 0.6), "decay of the actor's numerator", low=0.0, high=1.0)
+    kappa_actor = hyperparameter(
+        0.0, tune.uniform(0, 0.6), "decay of the actor's numerator", low=0.0, high=1.0
+    )
     kappa_critic = hyperparameter(
-        0.0, tune.uniform(0, 0.6), "decay of the critic's and the gain's numerators (below kappa_actor in theory)", low=0.0, high=1.0
+        0.0,
+        tune.uniform(0, 0.6),
+        "decay of the critic's and the gain's numerators (below kappa_actor in theory)",
+        low=0.0,
+        high=1.0,
     )
     lr = hyperparameter(0.01, tune.loguniform(1e-4, 1e-1), "per-coordinate Adagrad step (networks)", low=0.0)
     r_omega = hyperparameter(1e3, None, "radius of the critic's projection (tables)", low=0.0)
-    entropy_coeff = hyperparameter(0.0, tune.loguniform(1e-5, 1e-2), "weight of an entropy bonus (ours, off)", low=0.0)
+    entropy_coeff = hyperparameter(
+        0.0, tune.loguniform(1e-5, 1e-2), "weight of an entropy bonus (ours, off)", low=0.0
+    )
     mlmc_clip = hyperparameter(
         None, None, "largest norm of an MLMC estimate (off: clipping breaks unbiasedness)"
     )
-    resample = hyperparameter(False, None, "redraws J above the longest level, as the public code does (biased)")
+    resample = hyperparameter(
+        False, None, "redraws J above the longest level, as the public code does (biased)"
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -144,7 +160,9 @@ class MACConfig(ChainConfig):
             logger.warning("t_max=%d is no power of two; taking %d", self.t_max, power)
             self.t_max = power
         if self.mlmc_clip is not None and not self.mlmc_clip > 0:
-            raise ConfigError(f"mlmc_clip is {self.mlmc_clip!r}; a positive number, or nothing to leave it off")
+            raise ConfigError(
+                f"mlmc_clip is {self.mlmc_clip!r}; a positive number, or nothing to leave it off"
+            )
 
     @property
     def j_max(self) -> int:
@@ -155,7 +173,7 @@ class MACConfig(ChainConfig):
         return MACLearner
 
 
-class MACLearner(TensorLearner):
+class MACLearner(Learner):
     """Steps 3 to 6: directions at one (eta, omega, theta), MLMC weights, AdaGrad-norm, projections."""
 
     def build(self) -> None:
@@ -174,7 +192,9 @@ class MACLearner(TensorLearner):
                 lr_or_lr_schedule=config.lr,
             )
 
-    def learn(self, batch: Batch, *, reward_range: tuple[float | None, float | None], level: int, length: int) -> None:
+    def learn(
+        self, batch: Batch, *, reward_range: tuple[float | None, float | None], level: int, length: int
+    ) -> None:
         """batch: rows of all chains with their MLMC `weight`, already divided by the number of chains."""
         module, config = self.rl_module, self.config
         estimates = directions(module, batch, entropy_coeff=config.entropy_coeff)
@@ -214,7 +234,9 @@ class MACLearner(TensorLearner):
             for optimizer in self._named_optimizers.values():
                 optimizer.step()
         self.t += 1
-        self.log({"eta": module.eta.item(), "actor_norm": norms[2], "critic_norm": norms[1], "updates": self.t})
+        self.log(
+            {"eta": module.eta.item(), "actor_norm": norms[2], "critic_norm": norms[1], "updates": self.t}
+        )
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().get_state(*args, **kwargs), "mac": (self.t, self.accumulators.clone())}
@@ -261,7 +283,9 @@ class MAC(ChainMethod, config=MACConfig):
         eta = self.metrics.peek(("learners", DEFAULT_MODULE_ID, "eta"), default=float("nan"))
         if entropy < 1e-3 and abs(float(eta)) < 1e-3:
             logger.warning(
-                "the policy has collapsed (entropy %.1e, gain estimate %.1e): lower c_actor or raise g0", entropy, eta
+                "the policy has collapsed (entropy %.1e, gain estimate %.1e): lower c_actor or raise g0",
+                entropy,
+                eta,
             )
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

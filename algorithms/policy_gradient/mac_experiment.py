@@ -49,7 +49,7 @@ def mlmc_bias(draws: int = 200_000, j_max: int = 4, seed: int = 0) -> Estimate:
     generator = torch.Generator().manual_seed(seed)
     env = GoalGrid(draws, size=4)
     obs, _ = env.reset(seed=seed)
-    states, actions = env.single_observation_space.n, env.single_action_space.n
+    states, actions = env.P.shape[:2]
     theta = torch.randn(states, actions, dtype=torch.float64, generator=generator)
     omega = torch.randn(states, dtype=torch.float64, generator=generator)
     eta, pi = 0.05, theta.softmax(-1)
@@ -88,7 +88,9 @@ def mlmc_bias(draws: int = 200_000, j_max: int = 4, seed: int = 0) -> Estimate:
 def mean_length(draws: int = 2_000_000, j_max: int = 4, seed: int = 0) -> Estimate:
     """Mean N over its expectation j_max + 2^-j_max."""
     levels = draw_levels(draws, j_max, torch.Generator().manual_seed(seed)).numpy()
-    lengths = np.array([rollout_length(level, j_max) for level in range(j_max + 2)])[np.minimum(levels, j_max + 1)]
+    lengths = np.array([rollout_length(level, j_max) for level in range(j_max + 2)])[
+        np.minimum(levels, j_max + 1)
+    ]
     ratio = float(lengths.mean() / expected_length(j_max))
     error = 1.96 * float(lengths.std()) / draws**0.5 / expected_length(j_max)
     return Estimate(ratio, ratio - error, ratio + error, draws)
@@ -96,7 +98,11 @@ def mean_length(draws: int = 2_000_000, j_max: int = 4, seed: int = 0) -> Estima
 
 def experiment() -> Experiment:
     """Arms, tasks, claims; the numbering follows the claims of the method's description."""
-    grid = {"epoch_length": [200, 500, 1000], "window": [4, 8, 16], "lr": [10.0, 50.0, 100.0]}
+    grid: dict[str, list[float]] = {
+        "epoch_length": [200, 500, 1000],
+        "window": [4, 8, 16],
+        "lr": [10.0, 50.0, 100.0],
+    }
     both = ("n5", "n7")
     return Experiment(
         arms={
@@ -114,8 +120,18 @@ def experiment() -> Experiment:
         },
         smoke={"n5": {"env_steps": 4_000, "seeds": 2, "env_config": {"size": 4}}},
         claims=[
-            Claim("1a. MAC ends above the best PPGAE", paired_difference("last_window_reward", "mac", "ppgae"), above(0), both),
-            Claim("1b. MAC earns more than the best PPGAE", paired_difference("total_reward", "mac", "ppgae"), above(0), both),
+            Claim(
+                "1a. MAC ends above the best PPGAE",
+                paired_difference("last_window_reward", "mac", "ppgae"),
+                above(0),
+                both,
+            ),
+            Claim(
+                "1b. MAC earns more than the best PPGAE",
+                paired_difference("total_reward", "mac", "ppgae"),
+                above(0),
+                both,
+            ),
             Claim(
                 "2a. share of seeds whose last window reaches 0.9 J*",
                 fraction_at_least("last_window_reward", "mac", lambda task: 0.9 * optimum(task)),
@@ -128,7 +144,11 @@ def experiment() -> Experiment:
                 at_least(1.0),
                 ("n7",),
             ),
-            Claim("3a. MLMC direction is unbiased: largest gap in standard errors", check(mlmc_bias), within(0, 4)),
+            Claim(
+                "3a. MLMC direction is unbiased: largest gap in standard errors",
+                check(mlmc_bias),
+                within(0, 4),
+            ),
             Claim("3b. mean rollout length over its expectation", check(mean_length), within(0.99, 1.01)),
             Claim(
                 "4. on a small budget MAC earns more than the best PPGAE",
@@ -144,7 +164,10 @@ def experiment() -> Experiment:
                 exploratory=True,
             ),
             Claim(
-                "MAC earns more than a random policy", paired_difference("total_reward", "mac", "random"), above(0), both
+                "MAC earns more than a random policy",
+                paired_difference("total_reward", "mac", "random"),
+                above(0),
+                both,
             ),
         ],
         measure=windows_of_reward(8),

@@ -76,7 +76,9 @@ def space_to_json(space: gymnasium.Space[Any]) -> dict[str, Any]:
         return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": int(np.prod(space.shape))}
-    raise ArtifactError(f"a policy over the space {space} cannot be exported: Box, Discrete and Multi* spaces can")
+    raise ArtifactError(
+        f"a policy over the space {space} cannot be exported: Box, Discrete and Multi* spaces can"
+    )
 
 
 def _numbers(array: np.ndarray[Any, Any]) -> Any:
@@ -93,8 +95,14 @@ def space_from_json(data: dict[str, Any]) -> gymnasium.Space[Any]:
         shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
         bounds = []
         for name in ("low", "high"):
-            value = np.asarray(data[name], dtype=np.float64) if isinstance(data[name], list) else float(data[name])
-            bounds.append(np.broadcast_to(np.reshape(value, shape if np.ndim(value) else ()), shape).astype(dtype))
+            value = (
+                np.asarray(data[name], dtype=np.float64)
+                if isinstance(data[name], list)
+                else float(data[name])
+            )
+            bounds.append(
+                np.broadcast_to(np.reshape(value, shape if np.ndim(value) else ()), shape).astype(dtype)
+            )
         return spaces.Box(bounds[0], bounds[1], shape, dtype.type)
     if kind == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"])
@@ -212,11 +220,15 @@ def load_policy(path: str | Path) -> Policy:
         if not file.is_file():
             raise ArtifactError(f"{folder} is no exported policy: {file.name} is missing")
     if manifest_file.stat().st_size > LARGEST_MANIFEST:
-        raise ArtifactError(f"{manifest_file} is larger than {LARGEST_MANIFEST} bytes; it is no policy of ours")
+        raise ArtifactError(
+            f"{manifest_file} is larger than {LARGEST_MANIFEST} bytes; it is no policy of ours"
+        )
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{manifest_file} is truncated or damaged ({error}): export the policy again") from error
+        raise ArtifactError(
+            f"{manifest_file} is truncated or damaged ({error}): export the policy again"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{manifest_file} does not describe a {FORMAT}")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -224,7 +236,9 @@ def load_policy(path: str | Path) -> Policy:
             f"{manifest_file} has format version {manifest.get('format_version')}; this mobula reads {FORMAT_VERSION}"
         )
     if manifest.get("digest") != _digest(manifest):
-        raise ArtifactError(f"{manifest_file} has been changed since it was exported: export the policy again")
+        raise ArtifactError(
+            f"{manifest_file} has been changed since it was exported: export the policy again"
+        )
     weights = weights_file.read_bytes()
     if hashlib.sha256(weights).hexdigest() != manifest["weights_sha256"]:
         raise ArtifactError(f"{weights_file} is truncated or has been changed: export the policy again")
@@ -238,7 +252,9 @@ def load_policy(path: str | Path) -> Policy:
         found = state.get(name)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             have = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise ArtifactError(f"{weights_file}: {name} is {have}; the module has {value.dtype} {tuple(value.shape)}")
+            raise ArtifactError(
+                f"{weights_file}: {name} is {have}; the module has {value.dtype} {tuple(value.shape)}"
+            )
     module.load_state_dict({name: state[name] for name in expected})
     return Policy(module, manifest)
 
@@ -277,7 +293,9 @@ class Policy:
             raise DataError("obs holds a NaN or an infinity")
         if isinstance(self.observation_space, spaces.Discrete):
             low, n = int(self.observation_space.start), int(self.observation_space.n)
-            if not np.array_equal(array, tensor.numpy()) or bool(((tensor < low) | (tensor >= low + n)).any()):
+            if not np.array_equal(array, tensor.numpy()) or bool(
+                ((tensor < low) | (tensor >= low + n)).any()
+            ):
                 raise DataError(f"obs is {array!r}; whole numbers from {low} to {low + n - 1} are expected")
         leading = array.shape[: array.ndim - len(shape)]
         return tensor.reshape(-1, *shape), leading
@@ -311,7 +329,9 @@ class Policy:
         served = getattr(self.module, "served", None)
         if served is not None:
             fields |= served({Columns.OBS: tensor})
-        answer = {name: value.reshape(*leading, *value.shape[1:]).numpy() for name, value in fields.items()}
+        answer: dict[str, Any] = {
+            name: value.reshape(*leading, *value.shape[1:]).numpy() for name, value in fields.items()
+        }
         if recurrent:
             answer["state"] = {name: value.numpy() for name, value in new_state.items()}
         return answer
@@ -327,7 +347,10 @@ class Policy:
         if not _is_float(self.observation_space):
             obs = self.observation_space.sample()
         answer = self.answer(obs)
-        return {"request": {"obs": np.asarray(obs).tolist()}, "answer": {k: _listed(v) for k, v in answer.items()}}
+        return {
+            "request": {"obs": np.asarray(obs).tolist()},
+            "answer": {k: _listed(v) for k, v in answer.items()},
+        }
 
     def export_onnx(self, path: str | Path) -> float:
         """Writes an ONNX model obs [N, ...] -> (action_dist_inputs, action of highest density) and checks it.
@@ -343,7 +366,9 @@ def _is_float(space: gymnasium.Space[Any]) -> bool:
 
 
 def _listed(value: Any) -> Any:
-    return {k: _listed(v) for k, v in value.items()} if isinstance(value, dict) else np.asarray(value).tolist()
+    return (
+        {k: _listed(v) for k, v in value.items()} if isinstance(value, dict) else np.asarray(value).tolist()
+    )
 
 
 class _Inference(torch.nn.Module):
@@ -366,14 +391,16 @@ def _export_onnx(policy: Policy, path: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"ONNX export needs the extra: pip install 'mobula[onnx]' ({error.name} is missing)") from None
+        raise ConfigError(
+            f"ONNX export needs the extra: pip install 'mobula[onnx]' ({error.name} is missing)"
+        ) from None
     if policy.module.is_stateful():
         raise ArtifactError("a recurrent policy cannot be exported to ONNX")
     model = _Inference(policy).eval()
     generator = np.random.default_rng(0)
     space = policy.observation_space
     if isinstance(space, spaces.Discrete):
-        sample = generator.integers(int(space.start), int(space.start + space.n), 7)
+        sample: Any = int(space.start) + generator.integers(int(space.n), size=7)
     else:
         sample = generator.normal(size=(7, *(space.shape or ()))).astype(np.float32)
     obs = torch.as_tensor(sample)
@@ -394,7 +421,9 @@ def _export_onnx(policy: Policy, path: Path) -> float:
         given = session.run(None, {"obs": sample})
         with torch.no_grad():
             wanted = [value.numpy() for value in model(obs)]
-        worst = max(float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in zip(given, wanted, strict=True))
+        worst = max(
+            float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in zip(given, wanted, strict=True)
+        )
         if worst > 1e-4:
             raise ArtifactError(f"the ONNX model differs from torch by {worst:g}: it was not written")
     made = path.with_suffix(".onnx.tmp") / path.name

@@ -150,34 +150,55 @@ def train(
     context: typer.Context,
     method: Annotated[str | None, typer.Argument(help="name of a method (`mobula methods`)")] = None,
     env: Annotated[str | None, typer.Option("--env", help="environment, or gymnasium:ID")] = None,
-    env_set: Annotated[list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any setting of the config, key=value")] = None,
+    env_set: Annotated[
+        list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting of the config, key=value")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with the run's settings")] = None,
-    dump_config: Annotated[bool, typer.Option("--dump-config", help="prints the settings as YAML and stops")] = False,
+    dump_config: Annotated[
+        bool, typer.Option("--dump-config", help="prints the settings as YAML and stops")
+    ] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="seed of everything random")] = None,
     iterations: Annotated[int | None, typer.Option("--iterations", help="training iterations")] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", help="key=value: env_steps, seconds, return, iterations, or any metric's full name"),
+        typer.Option(
+            "--stop", help="key=value: env_steps, seconds, return, iterations, or any metric's full name"
+        ),
     ] = None,
     num_env_runners: Annotated[
         int | None, typer.Option("--num-env-runners", help="env runner actors; 0 samples in this process")
     ] = None,
-    num_envs: Annotated[int | None, typer.Option("--num-envs", help="environments of each env runner")] = None,
-    num_learners: Annotated[int | None, typer.Option("--num-learners", help="learner actors; 0 learns here")] = None,
+    num_envs: Annotated[
+        int | None, typer.Option("--num-envs", help="environments of each env runner")
+    ] = None,
+    num_learners: Annotated[
+        int | None, typer.Option("--num-learners", help="learner actors; 0 learns here")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="folder of run folders")] = Path("runs"),
     checkpoint_every: Annotated[
         int | None, typer.Option("--checkpoint-every", help="iterations between checkpoints")
     ] = None,
     track: Annotated[bool, typer.Option("--track/--no-track", help="track the run in MLflow")] = True,
     tracking_uri: Annotated[
-        str | None, typer.Option("--tracking-uri", help="MLflow URI (default: MLFLOW_TRACKING_URI, else <out>/mlflow.db)")
+        str | None,
+        typer.Option(
+            "--tracking-uri", help="MLflow URI (default: MLFLOW_TRACKING_URI, else <out>/mlflow.db)"
+        ),
     ] = None,
-    experiment: Annotated[str | None, typer.Option("--experiment", help="MLflow experiment (default: the method)")] = None,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="MLflow experiment (default: the method)")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="prints the run folder only")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="shows the logs of Ray and RLlib")] = False,
-    help_: Annotated[bool, typer.Option("--help", "-h", help="this text; with a method, its settings too")] = False,
+    help_: Annotated[
+        bool, typer.Option("--help", "-h", help="this text; with a method, its settings too")
+    ] = False,
 ) -> None:
     """Trains a method on an environment, in a run folder of its own."""
     if help_ or (method is None and config is None):
@@ -264,7 +285,9 @@ def _train_help(context: typer.Context, method: str | None) -> None:
     cls = registry.config_class(method)
     if not issubclass(cls, MethodConfig):
         plain = cls()
-        typer.echo(f"Settings of {registry.method_name(method)} (RLlib's `training`; see RLlib's documentation):")
+        typer.echo(
+            f"Settings of {registry.method_name(method)} (RLlib's `training`; see RLlib's documentation):"
+        )
         for name in sorted(_training_arguments(cls)):
             value = getattr(plain, name, None)
             if isinstance(value, int | float | str | bool | list) or value is None:
@@ -284,7 +307,14 @@ def _progress_bar(title: str, quiet: bool) -> Iterator[Any]:
     if quiet:
         yield None
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
@@ -335,7 +365,9 @@ def _report(run: Any) -> None:
     if "episode_return_mean" in found:
         table.add_row("evaluation return (mean)", f"{found['episode_return_mean']:.2f}")
     elif found.get("num_env_steps_sampled"):
-        table.add_row("evaluation reward per step", f"{found['reward_sum'] / found['num_env_steps_sampled']:.4f}")
+        table.add_row(
+            "evaluation reward per step", f"{found['reward_sum'] / found['num_env_steps_sampled']:.4f}"
+        )
     _print(table)
     for label, value in (
         ("run folder", run.path),
@@ -357,15 +389,22 @@ def _report(run: Any) -> None:
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder, or an exported policy")],
-    env: Annotated[str | None, typer.Option("--env", help="another environment than the one it was trained in")] = None,
-    env_set: Annotated[list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")] = None,
+    env: Annotated[
+        str | None, typer.Option("--env", help="another environment than the one it was trained in")
+    ] = None,
+    env_set: Annotated[
+        list[str] | None, typer.Option("--env-set", help="setting of the environment, key=value")
+    ] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="whole episodes to play")] = 10,
     steps: Annotated[int, typer.Option("--steps", min=1, help="steps, where a task never ends")] = 10_000,
     seed: Annotated[int, typer.Option("--seed", help="seed of environments and actions")] = 0,
     explore: Annotated[
-        bool | None, typer.Option("--explore/--deterministic", help="sampled or likeliest actions (default: as trained)")
+        bool | None,
+        typer.Option("--explore/--deterministic", help="sampled or likeliest actions (default: as trained)"),
     ] = None,
-    video: Annotated[Path | None, typer.Option("--video", help="film of one episode: out.mp4 or out.gif")] = None,
+    video: Annotated[
+        Path | None, typer.Option("--video", help="film of one episode: out.mp4 or out.gif")
+    ] = None,
 ) -> None:
     """Plays a trained policy, without Ray; prints what it reaches, with a 95 % interval.
 
@@ -378,7 +417,10 @@ def evaluate(
     world = env or policy.manifest["env"]
     if world is None:
         raise ConfigError("the policy names no environment: give one with --env")
-    settings = {**(policy.manifest["env_config"] if env is None else {}), **_pairs(env_set or [], "--env-set")}
+    settings = {
+        **(policy.manifest["env_config"] if env is None else {}),
+        **_pairs(env_set or [], "--env-set"),
+    }
     found = running.evaluate_policy(
         policy, world, episodes=episodes, steps=steps, seed=seed, explore=explore, env_config=settings
     )
@@ -416,12 +458,20 @@ def export(
 def reproduce(
     method: Annotated[str, typer.Argument(help="a method that declares an experiment")],
     budget: Annotated[str, typer.Option("--budget", help="paper, or smoke for a quick look")] = "paper",
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="seeds of every task (default: as declared)")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="folder (default: reproductions/, or runs/ for smoke)")] = None,
-    resume: Annotated[bool, typer.Option("--resume/--fresh", help="keep the finished cells of an earlier run")] = True,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="seeds of every task (default: as declared)")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder (default: reproductions/, or runs/ for smoke)")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="keep the finished cells of an earlier run")
+    ] = True,
     track: Annotated[bool, typer.Option("--track/--no-track", help="log to MLflow")] = True,
     tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow URI")] = None,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster (default: RAY_ADDRESS, else local)")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")] = False,
 ) -> None:
     """Runs the experiment of a method and judges its claims, each with its interval.

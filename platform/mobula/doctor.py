@@ -22,10 +22,18 @@ def examine() -> Iterator[tuple[str, bool, str]]:
     import torch
 
     cards = torch.cuda.device_count()
-    yield "accelerators", True, f"{cards} CUDA device(s)" if cards else "none; everything runs on the processor"
+    yield (
+        "accelerators",
+        True,
+        f"{cards} CUDA device(s)" if cards else "none; everything runs on the processor",
+    )
     yield "cores", True, f"{os.cpu_count()}"
     free = shutil.disk_usage(".").free / 2**30
-    yield "disk", free > 1, f"{free:.1f} GiB free here" + ("" if free > 1 else "; free some: checkpoints need it")
+    yield (
+        "disk",
+        free > 1,
+        f"{free:.1f} GiB free here" + ("" if free > 1 else "; free some: checkpoints need it"),
+    )
     yield _films()
     yield _cluster()
     yield from _entry_points()
@@ -38,7 +46,11 @@ def _films() -> tuple[str, bool, str]:
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         return "films", False, f"no ffmpeg ({error}); gifs still work"
-    return "films", True, "mp4 and gif; MuJoCo draws with MUJOCO_GL=egl (Debian: libegl1) or osmesa (libosmesa6)"
+    return (
+        "films",
+        True,
+        "mp4 and gif; MuJoCo draws with MUJOCO_GL=egl (Debian: libegl1) or osmesa (libosmesa6)",
+    )
 
 
 def _cluster() -> tuple[str, bool, str]:

@@ -22,7 +22,9 @@ def storage(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise StorageError(f"no space left on the disk of {path}: free some, or choose another folder") from error
+            raise StorageError(
+                f"no space left on the disk of {path}: free some, or choose another folder"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise StorageError(f"cannot write {path} ({error.strerror}): choose another folder") from error
         raise

@@ -252,7 +252,9 @@ class MethodConfig(AlgorithmConfig):
 # it ships, and would go round a cycle for ever.
 _ALGORITHMS: dict[type[MethodConfig], type[Method]] = {}
 
-_TRANSLATED = frozenset({"multiagent", "callbacks", "num_workers", "lambda", "class", "__trial_info__", "num_gpus"})
+_TRANSLATED = frozenset(
+    {"multiagent", "callbacks", "num_workers", "lambda", "class", "__trial_info__", "num_gpus"}
+)
 """Keys of RLlib's dictionaries that are no attributes."""
 
 
@@ -273,6 +275,7 @@ class Method(Algorithm):
 
     config: MethodConfig
     config_class: ClassVar[type[MethodConfig]]
+    eval_env_runner_group: EnvRunnerGroup | None
 
     def __init_subclass__(cls, config: type[MethodConfig] | None = None, **kwargs: Any) -> None:
         """`class Foo(Method, config=FooConfig)` ties the two and makes "Foo" known to Tune."""
@@ -310,7 +313,9 @@ class Method(Algorithm):
         """
         group = self._runners()
         remote = group.num_remote_env_runners()
-        each = list(num_timesteps) if isinstance(num_timesteps, Sequence) else [num_timesteps] * max(remote, 1)
+        each = (
+            list(num_timesteps) if isinstance(num_timesteps, Sequence) else [num_timesteps] * max(remote, 1)
+        )
         if len(each) != max(remote, 1):
             raise ValueError(f"num_timesteps has {len(each)} entries for {max(remote, 1)} env runners")
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
@@ -324,7 +329,9 @@ class Method(Algorithm):
             self.metrics.aggregate([metrics for _, metrics in results], key=ENV_RUNNER_RESULTS)
         return [sample for samples, _ in results for sample in samples]
 
-    def _sample_remotely(self, group: EnvRunnerGroup, each: list[int | None], kwargs: dict[str, Any]) -> list[Any]:
+    def _sample_remotely(
+        self, group: EnvRunnerGroup, each: list[int | None], kwargs: dict[str, Any]
+    ) -> list[Any]:
         if self._weights is None:
             state = self.learner_group.get_state(
                 components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
@@ -468,7 +475,9 @@ class Method(Algorithm):
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Restores a checkpoint of the same method.  Raises ArtifactError for one of another method."""
         made_by = checkpoint_class(path)
-        if made_by is not None and made_by not in {f"{c.__module__}:{c.__qualname__}" for c in type(self).__mro__}:
+        if made_by is not None and made_by not in {
+            f"{c.__module__}:{c.__qualname__}" for c in type(self).__mro__
+        }:
             raise ArtifactError(
                 f"{path} is a checkpoint of {made_by.rpartition(':')[2]}, not of {type(self).__name__}"
             )

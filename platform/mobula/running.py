@@ -117,9 +117,9 @@ def _apply(config: Any, name: str, value: Any) -> None:
     """One setting: a hyper-parameter, an argument of RLlib's `training`, or any other attribute of the config."""
     from mobula.method import MethodConfig, _training_arguments
 
-    if isinstance(config, MethodConfig) and (name in config.hyperparameters() or name in config.rejected):
-        config.training(**{name: value})
-    elif name in _training_arguments(type(config)):
+    if (
+        isinstance(config, MethodConfig) and (name in config.hyperparameters() or name in config.rejected)
+    ) or name in _training_arguments(type(config)):
         config.training(**{name: value})
     elif not name.startswith("_") and name in vars(config):
         setattr(config, name, value)
@@ -187,7 +187,11 @@ Progress = Callable[[dict[str, float], float], None]
 
 def new_run_folder(out: str | Path, method: str, env: str | None, seed: int | None) -> Path:
     """Makes `out`/<time>-<method>-<env>-s<seed>.  Raises StorageError where that cannot be written."""
-    parts = [time.strftime("%Y%m%d-%H%M%S"), method.replace(":", "-"), (env or "data").replace(":", "-").replace("/", "-")]
+    parts = [
+        time.strftime("%Y%m%d-%H%M%S"),
+        method.replace(":", "-"),
+        (env or "data").replace(":", "-").replace("/", "-"),
+    ]
     if seed is not None:
         parts.append(f"s{seed}")
     base = Path(out)
@@ -228,7 +232,9 @@ def train(
     """
     method = registry.name_of(config)
     env = config.env if isinstance(config.env, str) else getattr(config.env, "__name__", None)
-    targets = {STOP_NAMES.get(name, name): float(value) for name, value in (stop or default_stop(config)).items()}
+    targets = {
+        STOP_NAMES.get(name, name): float(value) for name, value in (stop or default_stop(config)).items()
+    }
     path = new_run_folder(out, method, env, config.seed)
     run = Run(path, "running")
     write_text(path / "config.yaml", dump_config(config))
@@ -344,7 +350,9 @@ def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool) -> None:
         results = flat_metrics(algorithm.evaluate())
         run.evaluation = {name.removeprefix("env_runners/"): value for name, value in results.items()}
         if tracker is not None:
-            tracker.log_metrics({f"evaluation/{k}": v for k, v in run.evaluation.items()}, env_steps(run.last))
+            tracker.log_metrics(
+                {f"evaluation/{k}": v for k, v in run.evaluation.items()}, env_steps(run.last)
+            )
     try:
         export_policy(algorithm, run.path / "policy")
     except ArtifactError as error:
@@ -452,10 +460,22 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from error
-    known = {"method", "env", "env_config", "seed", "num_env_runners", "num_envs_per_env_runner", "num_learners", "settings", "stop"}
+    known = {
+        "method",
+        "env",
+        "env_config",
+        "seed",
+        "num_env_runners",
+        "num_envs_per_env_runner",
+        "num_learners",
+        "settings",
+        "stop",
+    }
     if not isinstance(data, dict) or not set(data) <= known:
         extra = sorted(set(data) - known) if isinstance(data, dict) else [type(data).__name__]
-        raise ConfigError(f"config file {path} holds {', '.join(map(str, extra))}; it may hold {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"config file {path} holds {', '.join(map(str, extra))}; it may hold {', '.join(sorted(known))}"
+        )
     return data
 
 
@@ -482,7 +502,10 @@ def evaluate_policy(
 
     count = num_envs or max(1, min(episodes, 32))
     world = registry.make_env(env, count, **dict(env_config or {}))
-    if world.single_observation_space != policy.observation_space or world.single_action_space != policy.action_space:
+    if (
+        world.single_observation_space != policy.observation_space
+        or world.single_action_space != policy.action_space
+    ):
         raise DataError(
             f"the policy was trained for {policy.observation_space} -> {policy.action_space}; {env} has"
             f" {world.single_observation_space} -> {world.single_action_space}"
@@ -553,9 +576,12 @@ def record_video(
     with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-        options: dict[str, Any] = {"fps": rate, "macro_block_size": 8} if path.suffix == ".mp4" else {"duration": 1000 / rate}
+        options: dict[str, Any] = (
+            {"fps": rate, "macro_block_size": 8} if path.suffix == ".mp4" else {"duration": 1000 / rate}
+        )
         frames, over, state = 0, 0, None
-        with imageio.get_writer(temporary, **options) as writer:
+        writer: Any = imageio.get_writer(temporary, **options)
+        with writer:
             while over < episodes and (not world.continuing or frames < steps):
                 writer.append_data(frame)
                 frames += 1

@@ -67,13 +67,20 @@ class Tracker:
         run = client.create_run(
             experiment_id,
             run_name=run_name,
-            tags={**kept, "commit": str(commit()), **{f"version.{k}": v for k, v in versions().items()}, **(tags or {})},
+            tags={
+                **kept,
+                "commit": str(commit()),
+                **{f"version.{k}": v for k, v in versions().items()},
+                **(tags or {}),
+            },
         )
         tracker = cls(client, experiment_id, run.info.run_id, uri)
         tracker.log_params(params or {})
         return tracker
 
-    def child(self, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Tracker:
+    def child(
+        self, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None
+    ) -> Tracker:
         """A run nested in this one."""
         run = self.client.create_run(
             self.experiment_id, run_name=run_name, tags={"mlflow.parentRunId": self.run_id, **(tags or {})}

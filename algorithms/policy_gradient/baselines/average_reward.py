@@ -9,7 +9,7 @@ from ray import tune
 from ray.rllib.core.columns import Columns
 
 from mobula.algorithms.policy_gradient.chain import ChainConfig, ChainMethod, clip_gain, directions
-from mobula.learning.learners import Batch, TensorLearner
+from mobula.learning.learners import Batch, Learner
 from mobula.method import hyperparameter
 from mobula.sampling.rollout import Rollout, concatenate
 
@@ -17,14 +17,16 @@ from mobula.sampling.rollout import Rollout, concatenate
 class ACFixedConfig(ChainConfig):
     """Average-reward actor-critic with fixed rollouts and constant steps (baseline of MAC)."""
 
-    when = (
-        "The plain competitor of MAC. It does well once rollout length and steps are tuned to the mixing time of the task at hand."
-    )
+    when = "The plain competitor of MAC. It does well once rollout length and steps are tuned to the mixing time of the task at hand."
 
     rollout_length = hyperparameter(8, tune.choice([4, 8, 16, 32]), "H_r: steps of a rollout", low=1)
     lr_actor = hyperparameter(1.0, tune.loguniform(0.03, 10), "constant step of the actor", low=0.0)
-    lr_critic = hyperparameter(0.5, tune.loguniform(0.01, 1), "constant step of the critic; 0: no critic", low=0.0)
-    lr_reward = hyperparameter(0.01, tune.loguniform(1e-3, 0.1), "constant step of the gain estimate", low=0.0)
+    lr_critic = hyperparameter(
+        0.5, tune.loguniform(0.01, 1), "constant step of the critic; 0: no critic", low=0.0
+    )
+    lr_reward = hyperparameter(
+        0.01, tune.loguniform(1e-3, 0.1), "constant step of the gain estimate", low=0.0
+    )
 
     def get_default_learner_class(self) -> Any:
         return SGDLearner
@@ -38,11 +40,8 @@ class ReinforceAvgConfig(ACFixedConfig):
     lr_critic = hyperparameter(0.0, None, "no critic: the value stays 0", low=0.0, high=0.0)
 
 
-class SGDLearner(TensorLearner):
+class SGDLearner(Learner):
     """eta, omega and theta each move a constant step along the mean direction of the rollout."""
-
-    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        pass
 
     def learn(self, batch: Batch, *, reward_range: tuple[float | None, float | None]) -> None:
         module, config = self.rl_module, self.config

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mobula.algorithms.policy_gradient.chain import ChainConfig, ChainMethod
 from mobula.errors import ConfigError
-from mobula.learning.learners import Batch, TensorLearner
+from mobula.learning.learners import Batch, Learner
 from mobula.method import hyperparameter
 from mobula.sampling.rollout import concatenate
 from mobula.sampling.tensor_env import TensorEnv
@@ -97,11 +97,8 @@ class PPGAEConfig(ChainConfig):
             raise ConfigError(f"window={self.window} is longer than epoch_length={self.epoch_length}")
 
 
-class PPGAELearner(TensorLearner):
+class PPGAELearner(Learner):
     """theta <- theta + alpha / H_e sum_t A(s_t, a_t) grad log pi(a_t | s_t), the mean over chains."""
-
-    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        pass
 
     @torch.no_grad()
     def learn(self, batch: Batch) -> None:

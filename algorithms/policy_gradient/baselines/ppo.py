@@ -42,7 +42,9 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
 
     lr = hyperparameter(1e-3, tune.loguniform(1e-5, 1e-2), "step size of Adam (or RLlib's schedule)", low=0.0)
     gamma = hyperparameter(0.99, tune.uniform(0.9, 0.999), "discount", low=0.0, high=1.0)
-    lambda_ = hyperparameter(0.95, tune.uniform(0.8, 1.0), "lambda of generalised advantage estimation", low=0.0, high=1.0)
+    lambda_ = hyperparameter(
+        0.95, tune.uniform(0.8, 1.0), "lambda of generalised advantage estimation", low=0.0, high=1.0
+    )
     clip_param = hyperparameter(0.2, tune.uniform(0.1, 0.4), "clip of the probability ratio", low=0.0)
     use_kl_loss = hyperparameter(False, None, "adds the adaptive KL penalty")
     kl_coeff = hyperparameter(0.2, None, "first coefficient of the KL penalty", low=0.0)
@@ -50,11 +52,17 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
     entropy_coeff = hyperparameter(0.0, tune.loguniform(1e-5, 1e-2), "weight of the entropy bonus", low=0.0)
     vf_loss_coeff = hyperparameter(0.5, tune.uniform(0.25, 1.0), "weight of the value loss", low=0.0)
     vf_clip_param = hyperparameter(1e4, None, "clip of the squared value error", low=0.0)
-    grad_clip = hyperparameter(0.5, tune.choice([0.5, 1.0, 10.0]), "largest global norm of the gradient", low=0.0)
+    grad_clip = hyperparameter(
+        0.5, tune.choice([0.5, 1.0, 10.0]), "largest global norm of the gradient", low=0.0
+    )
     num_epochs = hyperparameter(10, tune.choice([3, 5, 10]), "passes over each batch", low=1)
     minibatch_size = hyperparameter(512, tune.choice([128, 256, 512, 1024]), "rows of a gradient step", low=1)
-    rollout_length = hyperparameter(128, tune.choice([32, 64, 128, 256]), "steps of each environment in a batch", low=1)
-    normalize_observations = hyperparameter(False, tune.choice([False, True]), "running mean and variance of observations")
+    rollout_length = hyperparameter(
+        128, tune.choice([32, 64, 128, 256]), "steps of each environment in a batch", low=1
+    )
+    normalize_observations = hyperparameter(
+        False, tune.choice([False, True]), "running mean and variance of observations"
+    )
     normalize_rewards = hyperparameter(
         False, tune.choice([False, True]), "divides rewards by the running deviation of the discounted return"
     )

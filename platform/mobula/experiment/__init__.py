@@ -17,7 +17,7 @@ from mobula.experiment.core import (
     within,
 )
 from mobula.experiment.figures import learning_curves
-from mobula.experiment.reproduce import reproduce
+from mobula.experiment.runner import reproduce
 from mobula.experiment.statistics import Estimate
 
 __all__ = [

@@ -104,7 +104,9 @@ def within(low: float, high: float) -> Criterion:
 class Results:
     """Numbers of all cells: `results[arm, task]` is a list over seeds (in order) of what the measure returned."""
 
-    def __init__(self, experiment: Experiment, cells: Mapping[tuple[str, str], Mapping[int, Numbers]]) -> None:
+    def __init__(
+        self, experiment: Experiment, cells: Mapping[tuple[str, str], Mapping[int, Numbers]]
+    ) -> None:
         self.experiment, self.cells = experiment, cells
 
     def __getitem__(self, key: tuple[str, str]) -> list[Numbers]:

@@ -58,7 +58,8 @@ def learning_curves(
             if reference is not None:
                 line = axes.axhline(reference(task), color="0.35", linestyle="--", linewidth=1)
                 handles.setdefault(reference_label, line)
-            axes.set_title(f"{name} ({task.seeds} seeds)", fontsize=10)
+            about = ", ".join(f"{k}={v}" for k, v in task.env_config.items())
+            axes.set_title(f"{name}: {task.env} {about} ({task.seeds} seeds)", fontsize=9)
             axes.set_xlabel("environment steps")
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
@@ -66,7 +67,11 @@ def learning_curves(
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].set_ylabel(ylabel)
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(3 * len(tasks), len(handles)),
+            frameon=False,
         )
         with storage(folder / file):
             figure.savefig(folder / file, dpi=140)

@@ -90,7 +90,9 @@ def iqm(data: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estimate
     return bootstrap([data], _iqm, confidence=confidence, seed=seed)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
     """Mean of first - second, the entries of one seed taken together."""
     a, b = _values(first), _values(second)
     if len(a) != len(b):
@@ -126,7 +128,9 @@ def stratified(
     return Estimate(float(statistic(pooled, axis=-1)), float(low), float(high), len(pooled), confidence)
 
 
-def probability_of_improvement(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def probability_of_improvement(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
     """P(first > second) + P(equal) / 2 for a random pair of seeds (Mann-Whitney)."""
 
     def probability(a: Array, b: Array, axis: int = -1) -> Any:
@@ -136,13 +140,15 @@ def probability_of_improvement(first: ArrayLike, second: ArrayLike, *, confidenc
     a, b = _values(first), _values(second)
     value = float(probability(a, b))
     rng = np.random.default_rng(seed)
-    resampled = [array[rng.integers(len(array), size=(2000, len(array)))] for array in (a, b)]
+    first_drawn, second_drawn = (array[rng.integers(len(array), size=(2000, len(array)))] for array in (a, b))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(probability(*resampled), [tail, 1 - tail])
+    low, high = np.quantile(probability(first_drawn, second_drawn), [tail, 1 - tail])
     return Estimate(value, float(low), float(high), len(a), confidence)
 
 
-def regret_slope(steps: ArrayLike, regrets: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def regret_slope(
+    steps: ArrayLike, regrets: ArrayLike, *, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
     """Mean over seeds of the slope of log regret against log steps; 0.5 is the square-root law.
 
     steps [T], regrets [seeds, T] of cumulative regret, both above 0.

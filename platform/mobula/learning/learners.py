@@ -20,8 +20,10 @@ from mobula.errors import TrainingFault
 Batch = Mapping[str, Tensor]
 
 
-class _Learner(TorchLearner):
-    """What both kinds share: one module, several learners in step, metrics."""
+class Learner(TorchLearner):
+    """Base of all: one module, several learners in step, metrics.  A method whose update is no minibatch descent overrides
+    `learn` whole, on this class.
+    """
 
     def build(self) -> None:
         super().build()
@@ -67,16 +69,19 @@ class _Learner(TorchLearner):
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce() if report else None
 
-    def learn(self, batch: Batch, **kwargs: Any) -> None:
+    def learn(self, batch: Batch, *args: Any, **kwargs: Any) -> None:
         """What a learner does with a batch."""
         raise NotImplementedError
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        """RLlib's place for optimizers; none here."""
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Any:
         """RLlib's place for the loss; learners that override `learn` whole have none."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
 
-class TensorLearner(_Learner):
+class TensorLearner(Learner):
     """Minibatch gradient steps on tensors.
 
     A method overrides RLlib's `compute_loss_for_module(module_id, config, batch, fwd_out)` (or `loss`, which calls
@@ -135,7 +140,7 @@ class TensorLearner(_Learner):
             optimizer.step()
 
 
-class EstimatorLearner(_Learner):
+class EstimatorLearner(Learner):
     """A learner of closed forms: no optimizer; the module's buffers are its state.
 
     A method overrides `estimate`: a pure function from the state and a batch to the new state.  With several
@@ -154,14 +159,13 @@ class EstimatorLearner(_Learner):
         for name, value in new.items():
             if name not in state or state[name].shape != value.shape:
                 expected = tuple(state[name].shape) if name in state else "no such name"
-                raise TrainingFault(f"estimate() returned {name} {tuple(value.shape)}; the module has {expected}")
+                raise TrainingFault(
+                    f"estimate() returned {name} {tuple(value.shape)}; the module has {expected}"
+                )
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise TrainingFault(f"{name} is not finite after update {self._weights_seq_no}")
             state[name].copy_(value)
         self.log(values)
-
-    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        pass
 
 
 def minibatches(

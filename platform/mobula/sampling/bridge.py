@@ -104,7 +104,9 @@ class GymnasiumBridge(TensorEnv):
             if "final_obs" in info:
                 rows = np.flatnonzero(info["_final_obs"])
                 final = tensors.clone()
-                final[torch.from_numpy(rows).to(self.device)] = self._tensor(np.stack(list(info["final_obs"][rows])))
+                final[torch.from_numpy(rows).to(self.device)] = self._tensor(
+                    np.stack(list(info["final_obs"][rows]))
+                )
             infos["final_obs"] = final
         return (
             tensors,
@@ -121,7 +123,9 @@ class GymnasiumBridge(TensorEnv):
     def get_state(self) -> dict[str, Any]:
         """Copies of the simulators, where they can be copied.  Raises DataError where they cannot."""
         if not isinstance(self.vector.unwrapped, SyncVectorEnv):
-            raise DataError(f"gymnasium:{self.env_id}: simulators in other processes cannot be saved; use sync")
+            raise DataError(
+                f"gymnasium:{self.env_id}: simulators in other processes cannot be saved; use sync"
+            )
         try:
             return {"simulators": copy.deepcopy(self.vector)}
         except Exception as error:
@@ -139,7 +143,10 @@ _PLAIN = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def _flatten(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
-    if isinstance(env.observation_space, spaces.Dict | spaces.Tuple) and env.observation_space.is_np_flattenable:
+    if (
+        isinstance(env.observation_space, spaces.Dict | spaces.Tuple)
+        and env.observation_space.is_np_flattenable
+    ):
         return gymnasium.wrappers.FlattenObservation(env)
     return env
 
@@ -156,7 +163,9 @@ class GymView(gymnasium.Env[Any, Any]):
         self.metadata = env.metadata
         self.render_mode = env.render_mode
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         obs, _ = self.tensor_env.reset(seed=seed, options=options)
         return _item(obs), {}

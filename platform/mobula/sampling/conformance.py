@@ -72,7 +72,10 @@ def _check_shapes(env: TensorEnv, steps: int) -> None:
                 flag.shape == (env.num_envs,) and flag.dtype == torch.bool,
                 f"{name} is {flag.dtype} {tuple(flag.shape)}, not bool ({env.num_envs},)",
             )
-        _require(not (env.continuing and (terminated | truncated).any()), "it says continuing, but an episode ended")
+        _require(
+            not (env.continuing and (terminated | truncated).any()),
+            "it says continuing, but an episode ended",
+        )
         if env.reward_range is not None:
             low, high = env.reward_range
             _require(
@@ -82,7 +85,9 @@ def _check_shapes(env: TensorEnv, steps: int) -> None:
         if env.autoreset_mode is AutoresetMode.SAME_STEP and not env.continuing:
             _require("final_obs" in info, "same-step autoreset gives no info['final_obs']")
             same = (info["final_obs"] == obs).flatten(1).all(1)
-            _require((same | terminated | truncated).all(), "final_obs differs from obs where no episode ended")
+            _require(
+                (same | terminated | truncated).all(), "final_obs differs from obs where no episode ended"
+            )
 
 
 def _play(env: TensorEnv, steps: int, seed: int | None, action_seed: int = 0) -> list[Tensor]:
@@ -169,7 +174,10 @@ def _check_autoreset(make: Callable[..., TensorEnv], steps: int, num_envs: int) 
     for _ in range(steps):
         _, reward, terminated, truncated, _ = env.step(_actions(env, generator))
         quiet = (reward == 0).reshape(num_envs, -1).all(1) & ~terminated & ~truncated
-        _require((quiet | ~over.to(quiet.device)).all(), "the step after an end has a reward or a flag (next-step autoreset)")
+        _require(
+            (quiet | ~over.to(quiet.device)).all(),
+            "the step after an end has a reward or a flag (next-step autoreset)",
+        )
         age = torch.where(over, 0, age + 1)
         if limit is not None:
             _require((age <= limit).all(), f"an episode outlives its limit of {limit} steps")

@@ -71,11 +71,17 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         entropy = torch.seed() if self.config.seed is None else int(self.config.seed)
         # Independent streams for the environments and for the actions, and for every runner.
         stream = np.random.SeedSequence([entropy, self.worker_index or 0, int(self.config.in_evaluation)])
-        self._env_seed, action_seed = (int(word) for word in stream.generate_state(2, np.uint64) >> np.uint64(1))
+        self._env_seed, action_seed = (
+            int(word) for word in stream.generate_state(2, np.uint64) >> np.uint64(1)
+        )
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(action_seed)
         self.env: TensorEnv | None = None
-        if not self.worker_index and self.config.num_env_runners and not self.config.create_env_on_local_worker:
+        if (
+            not self.worker_index
+            and self.config.num_env_runners
+            and not self.config.create_env_on_local_worker
+        ):
             if self.worker_index is None:
                 self.make_env()
         else:

@@ -108,10 +108,14 @@ class TensorEnv(VectorEnv):  # type: ignore[type-arg]
 
     # gymnasium's interface -----------------------------------------------------------------------------------
 
-    def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, Info]:
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Info]:
         """Restarts every environment; `seed` fixes all later draws too.  Returns (obs [B, ...], info)."""
         if seed is not None:
-            self.seed(seed if isinstance(seed, int) else int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            self.seed(
+                seed if isinstance(seed, int) else int(np.random.SeedSequence(seed).generate_state(1)[0])
+            )
         self.state = self.initial(self.num_envs)
         self.elapsed.zero_()
         self.over.zero_()
@@ -180,7 +184,7 @@ class TensorEnv(VectorEnv):  # type: ignore[type-arg]
         self.over = saved["over"].clone()
         self.generator.set_state(saved["generator"])
 
-    def render(self) -> np.ndarray[Any, Any] | None:  # type: ignore[override]
+    def render(self) -> Any:
         """An RGB frame [H, W, 3] uint8 of environment 0, where the environment draws itself; else None."""
         return None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +42,14 @@ class Cell:
     def digest(self, config: Any, task: Task) -> str:
         """What the result depends on, in short."""
         knobs = config.knobs() if hasattr(config, "knobs") else {}
-        about = [type(config).__qualname__, knobs, self.settings, asdict(task) | {"seeds": 0}, self.seed, versions()["mobula"]]
+        about = [
+            type(config).__qualname__,
+            knobs,
+            self.settings,
+            asdict(task) | {"seeds": 0},
+            self.seed,
+            versions()["mobula"],
+        ]
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -70,7 +79,9 @@ def run_cell(
                 name: value
                 for name, value in row.items()
                 if name == "env_steps"
-                or name.startswith(("env_runners/reward", "env_runners/episode_", "env_runners/num_env_steps", "learners/"))
+                or name.startswith(
+                    ("env_runners/reward", "env_runners/episode_", "env_runners/num_env_steps", "learners/")
+                )
             }
             if probe is not None and row["env_steps"] >= next_probe:
                 kept |= {f"probe/{name}": value for name, value in probe(algorithm).items()}
@@ -110,7 +121,13 @@ def reproduce(
         name = registry.method_name(name)
     plan = experiment.at(budget, seeds)
     ledger = budget == "paper" and seeds is None
-    folder = Path(out) if out else Path("reproductions") / name if ledger else Path("runs/reproduce") / f"{name}-{budget}"
+    folder = (
+        Path(out)
+        if out
+        else Path("reproductions") / name
+        if ledger
+        else Path("runs/reproduce") / f"{name}-{budget}"
+    )
     with storage(folder):
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     from mobula.running import start_ray
@@ -239,9 +256,9 @@ class _Runner:
 
     def _trials(self, cells: dict[str, Cell], advance: Callable[[str], None]) -> dict[str, list[Row]]:
         from ray import tune
-        from ray.tune import Callback
 
-        plan, folder = self.plan, self.folder
+        plan = self.plan
+        found: dict[str, list[Row]] = {}
 
         def trial(given: dict[str, Any], plan: Experiment, cells: dict[str, Cell]) -> None:
             import torch
@@ -259,43 +276,58 @@ class _Runner:
             )
             tune.report({"cell": cell.key, "rows": json.dumps(rows), "seconds": time.time() - start})
 
-        found: dict[str, list[Row]] = {}
-        failed, runner = self.failed, self
+        def keep(result: dict[str, Any]) -> None:
+            if "rows" not in result or result["cell"] in found:
+                return
+            cell = cells[result["cell"]]
+            found[cell.key] = json.loads(result["rows"])
+            digest = cell.digest(plan.arm(cell.arm).config, plan.tasks[cell.task])
+            record = {**asdict(cell), "digest": digest, "seconds": result["seconds"], "rows": found[cell.key]}
+            write_json(self.folder / "cells" / f"{cell.key}.json", record)
+            advance(cell.key)
 
-        class Collect(Callback):
-            def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-                if "rows" not in result or result["cell"] in found:
-                    return
-                cell = cells[result["cell"]]
-                rows = json.loads(result["rows"])
-                found[cell.key] = rows
-                digest = cell.digest(plan.arm(cell.arm).config, plan.tasks[cell.task])
-                record = {**asdict(cell), "digest": digest, "seconds": result["seconds"], "rows": rows}
-                write_json(folder / "cells" / f"{cell.key}.json", record)
-                advance(cell.key)
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                key = trial.config["cell"]
-                text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "no message"
-                runner.failed.append({"cell": key, "error": text.strip().split("\n")[-1]})
-                advance(f"{key} failed")
+        def fail(key: str, error: str) -> None:
+            self.failed.append({"cell": key, "error": error})
+            advance(f"{key} failed")
 
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        storage_path = (folder / "cells" / "tune").resolve()
+        # Tune's newer console output ignores verbose=0.
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        storage_path = (self.folder / "cells" / "tune").resolve()
         tune.Tuner(
             tune.with_resources(tune.with_parameters(trial, plan=plan, cells=cells), {"CPU": 1}),
             param_space={"cell": tune.grid_search(list(cells))},
             tune_config=tune.TuneConfig(reuse_actors=True),
             run_config=tune.RunConfig(
-                name="cells", storage_path=str(storage_path), callbacks=[Collect()], verbose=0
+                name="cells", storage_path=str(storage_path), callbacks=[_collect(keep, fail)], verbose=0
             ),
         ).fit()
-        import shutil
-
         shutil.rmtree(storage_path, ignore_errors=True)
-        missing = set(cells) - set(found) - {entry["cell"] for entry in failed}
-        failed.extend({"cell": key, "error": "ended without a result"} for key in sorted(missing))
+        missing = set(cells) - set(found) - {entry["cell"] for entry in self.failed}
+        self.failed.extend({"cell": key, "error": "ended without a result"} for key in sorted(missing))
         return found
+
+
+def _collect(
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    fail: Callable[[str, str], None] = lambda key, error: None,
+) -> Any:
+    """A Tune callback that hands every finished trial on as it ends."""
+    from ray.tune import Callback
+
+    class Collect(Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            keep(result)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "no message"
+            fail(trial.config["cell"], text.strip().split("\n")[-1])
+
+        def __reduce__(self) -> Any:
+            # Tune writes its callbacks to disk for a resume of its own; ours resumes from the cells.
+            return _collect, ()
+
+    return Collect()
 
 
 @contextmanager
@@ -303,7 +335,14 @@ def _bar(title: str, total: int, done: int, show: bool) -> Iterator[Callable[[st
     if not show:
         yield lambda key: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -323,7 +362,9 @@ def _log(
 ) -> None:
     from mobula.tracking import Tracker
 
-    with Tracker.start(f"reproduce-{name}", f"{name}-{result['budget']}", uri=uri, tags={"method": name}) as parent:
+    with Tracker.start(
+        f"reproduce-{name}", f"{name}-{result['budget']}", uri=uri, tags={"method": name}
+    ) as parent:
         for cell in cells:
             numbers = results.cells.get((cell.arm, cell.task), {}).get(cell.seed)
             if numbers is None:
@@ -331,7 +372,9 @@ def _log(
             params = {"arm": cell.arm, "task": cell.task, "seed": cell.seed, **cell.settings}
             with parent.child(cell.key, params) as child:
                 child.log_metrics({k: v for k, v in numbers.items() if isinstance(v, float)}, 0)
-                for step, value in zip(numbers.get("curve_steps", []), numbers.get("curve_values", []), strict=True):
+                for step, value in zip(
+                    numbers.get("curve_steps", []), numbers.get("curve_values", []), strict=True
+                ):
                     child.log_metrics({"curve": value}, int(step))
         for index, claim in enumerate(result["claims"]):
             if "value" in claim:
