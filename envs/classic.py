@@ -97,11 +97,12 @@ class Pendulum(_Drawn):
 
     def transition(self, state: State, action: Tensor) -> tuple[State, Tensor, Tensor]:
         angle, speed = state["state"].unbind(1)
-        torque = action[:, 0].double().clamp(-2.0, 2.0)
+        # gymnasium multiplies the torque in the action's own single precision.
+        torque = action[:, 0].clamp(-2.0, 2.0)
         upright = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
-        cost = upright.square() + 0.1 * speed.square() + 0.001 * torque.square()
+        cost = upright.square() + 0.1 * speed.square() + (0.001 * torque.square()).double()
         # Mass and length 1, time step 0.05.
-        speed = (speed + (1.5 * self.gravity * angle.sin() + 3.0 * torque) * 0.05).clamp(-8.0, 8.0)
+        speed = (speed + (1.5 * self.gravity * angle.sin() + (3.0 * torque).double()) * 0.05).clamp(-8.0, 8.0)
         new = torch.stack([angle + speed * 0.05, speed], dim=1)
         return {"state": new}, -cost.float(), torch.zeros(len(cost), dtype=torch.bool, device=self.device)
 

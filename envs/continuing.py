@@ -97,7 +97,7 @@ class GoalGrid(TabularEnv):
         start[0] = 1.0
         super().__init__(num_envs, P, R, start, **kwargs)
 
-    def render(self) -> np.ndarray[Any, Any]:
+    def render(self) -> Any:
         frame = np.full((self.size, self.size, 3), 235, dtype=np.uint8)
         frame[-1, -1] = (0, 158, 115)
         for wall in self.walls:

@@ -313,9 +313,11 @@ class Method(Algorithm):
         """
         group = self._runners()
         remote = group.num_remote_env_runners()
-        each = (
-            list(num_timesteps) if isinstance(num_timesteps, Sequence) else [num_timesteps] * max(remote, 1)
-        )
+        each: list[int | None]
+        if isinstance(num_timesteps, Sequence):
+            each = list(num_timesteps)
+        else:
+            each = [num_timesteps] * max(remote, 1)
         if len(each) != max(remote, 1):
             raise ValueError(f"num_timesteps has {len(each)} entries for {max(remote, 1)} env runners")
         with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):

@@ -62,9 +62,10 @@ class Encoder(nn.Module):
         """[..., size] float32 before normalisation."""
         if isinstance(self.space, spaces.Discrete):
             return nn.functional.one_hot(obs.long() - int(self.space.start), self.size).float()
-        return (
-            obs.flatten(-len(self.space.shape)).float() if len(self.space.shape or ()) != 1 else obs.float()
-        )
+        axes = len(self.space.shape or ())
+        if axes == 0:
+            return obs.unsqueeze(-1).float()
+        return obs.flatten(-axes).float()
 
     def forward(self, obs: Tensor) -> Tensor:
         features = self.features(obs)

@@ -40,6 +40,7 @@ class GymnasiumBridge(TensorEnv):
         """env_id: gymnasium ID.  vectorization: "sync" (one process) or "async" (one process each).  The rest goes to
         `gymnasium.make`.  Raises ConfigError for an unknown ID, a missing package, or spaces that cannot be tensors."""
         mode = AutoresetMode(autoreset_mode)
+        optional = {"render_mode": render_mode, "max_episode_steps": max_episode_steps}
         try:
             self.vector = gymnasium.make_vec(
                 env_id,
@@ -47,8 +48,7 @@ class GymnasiumBridge(TensorEnv):
                 vectorization_mode=vectorization,
                 vector_kwargs={"autoreset_mode": mode},
                 wrappers=[_flatten],
-                render_mode=render_mode,
-                **({} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}),
+                **{name: value for name, value in optional.items() if value is not None},
                 **env_config,
             )
         except gymnasium.error.DependencyNotInstalled as error:
@@ -116,7 +116,7 @@ class GymnasiumBridge(TensorEnv):
             infos,
         )
 
-    def render(self) -> np.ndarray[Any, Any] | None:
+    def render(self) -> Any:
         frames = self.vector.render()
         return None if frames is None else np.asarray(frames[0])
 
@@ -142,7 +142,7 @@ class GymnasiumBridge(TensorEnv):
 _PLAIN = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
-def _flatten(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+def _flatten(env: gymnasium.Env[Any, Any]) -> Any:
     if (
         isinstance(env.observation_space, spaces.Dict | spaces.Tuple)
         and env.observation_space.is_np_flattenable

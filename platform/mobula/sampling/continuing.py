@@ -20,9 +20,9 @@ class ContinuingWrapper(TensorEnv):
     continuing = True
 
     def __init__(self, env: TensorEnv) -> None:
+        self.env = env
         if env.autoreset_mode is not AutoresetMode.SAME_STEP:
             raise ConfigError("ContinuingWrapper needs an environment with same-step autoreset")
-        self.env = env
         self.num_agents = env.num_agents
         super().__init__(
             env.num_envs,

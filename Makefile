@@ -1,0 +1,49 @@
+# make setup, or any other target: they set up what is out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.PHONY: help setup demo test lint types bench docs clean
+
+help:
+	@echo "make demo   train mac on its grid-world, with a progress bar, a table and a figure"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop"
+	@echo "make docs   the site, into site/"
+	@echo "make setup  the environment in $(VENV), from constraints.txt (the others call it when needed)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mobula needs Python 3.11 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/mobula train mac --env goal_grid --stop env_steps=20000 --seed 1
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types
+
+types: $(STAMP)
+	$(BIN)/mypy -p mobula
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.throughput
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache
