@@ -10,11 +10,10 @@ from gymnasium import spaces
 from ray import tune
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from mobula.errors import ConfigError, EnvironmentFault
-from mobula.learning.modules import Encoder, mlp
+from mobula.learning.modules import Encoder, TensorModule, mlp
 from mobula.method import Method, MethodConfig, hyperparameter
 from mobula.sampling.continuing import ContinuingWrapper
 from mobula.sampling.tensor_env import TensorEnv
@@ -22,7 +21,7 @@ from mobula.sampling.tensor_env import TensorEnv
 NO_DISCOUNT = {"gamma": "there is no discount in the average-reward criterion"}
 
 
-class ChainModule(TorchRLModule):
+class ChainModule(TensorModule):
     """Policy pi_theta, differential value V_omega and gain estimate eta.
 
     Discrete observations: tables theta [S, A] and omega [S] in float64, uniform policy and zero value at first.

@@ -162,7 +162,7 @@ class MethodConfig(AlgorithmConfig):
     when: ClassVar[str] = ""
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class or _ALGORITHMS.get(type(self)))
+        super().__init__(algo_class=algo_class or self.register())
         self.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
         self.framework("torch")
         self.env_runners(num_env_runners=0, num_envs_per_env_runner=1, create_env_on_local_worker=False)
@@ -173,6 +173,18 @@ class MethodConfig(AlgorithmConfig):
         for name, knob in self.hyperparameters().items():
             value = knob.default
             setattr(self, name, list(value) if isinstance(value, list | tuple) else value)
+
+    @classmethod
+    def register(cls) -> type[Method] | None:
+        """Makes the algorithm known to Tune by its name ("MAC"); a config does it when it is made.
+
+        Not when the class is made: Ray ships a class by value while the module that defines it is still being read.
+        """
+        algorithm = _ALGORITHMS.get(cls)
+        if algorithm is not None and cls not in _REGISTERED:
+            _REGISTERED.add(cls)
+            register_trainable(algorithm.__name__, algorithm)
+        return algorithm
 
     @classmethod
     def method_class(cls) -> type[Method]:
@@ -217,9 +229,10 @@ class MethodConfig(AlgorithmConfig):
         """Sets everything that `config_dict` names (Tune's way).  Raises ConfigError for a name that does not exist."""
         known = {*vars(self), *AlgorithmConfig().to_dict(), *_TRANSLATED}
         for name in config_dict:
-            if name not in known:
+            # Tune adds keys of its own, all of them between double underscores.
+            if name not in known and not name.startswith("__"):
                 raise ConfigError(self._unknown(name, [*self.hyperparameters(), *known]))
-        super().update_from_dict(dict(config_dict))
+        super().update_from_dict({k: v for k, v in config_dict.items() if not k.startswith("__")})
         return self
 
     def _unknown(self, name: str, options: Sequence[str]) -> str:
@@ -252,9 +265,9 @@ class MethodConfig(AlgorithmConfig):
 # it ships, and would go round a cycle for ever.
 _ALGORITHMS: dict[type[MethodConfig], type[Method]] = {}
 
-_TRANSLATED = frozenset(
-    {"multiagent", "callbacks", "num_workers", "lambda", "class", "__trial_info__", "num_gpus"}
-)
+_REGISTERED: set[type[MethodConfig]] = set()
+
+_TRANSLATED = frozenset({"multiagent", "callbacks", "num_workers", "lambda", "class", "num_gpus"})
 """Keys of RLlib's dictionaries that are no attributes."""
 
 
@@ -278,12 +291,11 @@ class Method(Algorithm):
     eval_env_runner_group: EnvRunnerGroup | None
 
     def __init_subclass__(cls, config: type[MethodConfig] | None = None, **kwargs: Any) -> None:
-        """`class Foo(Method, config=FooConfig)` ties the two and makes "Foo" known to Tune."""
+        """`class Foo(Method, config=FooConfig)` ties the two."""
         super().__init_subclass__(**kwargs)
         if config is not None:
             cls.config_class = config
             _ALGORITHMS[config] = cls
-            register_trainable(cls.__name__, cls)
 
     @classmethod
     def get_default_config(cls) -> MethodConfig:
@@ -497,7 +509,7 @@ class Method(Algorithm):
 
 def checkpoint_class(path: str | Path) -> str | None:
     """ "module:Class" of the algorithm that wrote the checkpoint at `path`, or None if it does not say."""
-    file = Path(path) / "metadata.json"
+    file = Path(path) / Algorithm.METADATA_FILE_NAME
     if not file.is_file():
         return None
     data = json.loads(file.read_text(encoding="utf-8"))

@@ -130,7 +130,10 @@ def config_class(name: str) -> type[AlgorithmConfig]:
         module = importlib.import_module(f"ray.rllib.algorithms.{plain.lower()}")
         found: type[AlgorithmConfig] = getattr(module, f"{plain}Config")
         return found
-    return _load(entry)  # type: ignore[no-any-return]
+    cls: Any = _load(entry)
+    if hasattr(cls, "register"):
+        cls.register()
+    return cls  # type: ignore[no-any-return]
 
 
 def name_of(config: AlgorithmConfig) -> str:

@@ -12,8 +12,8 @@ import torch
 from gymnasium import spaces
 
 from mobula import registry
-from mobula.errors import ConfigError, EnvironmentFault
 from mobula.envs.classic import CartPole
+from mobula.errors import ConfigError, EnvironmentFault
 from mobula.sampling.bridge import GymnasiumBridge, GymView
 from mobula.sampling.conformance import check_env
 

@@ -75,6 +75,12 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
         self.env_runners(num_envs_per_env_runner=32)
         self.grad_clip_by = "global_norm"
 
+    def validate(self) -> None:
+        # RLlib holds minibatch_size against a batch size that has no part here; a minibatch larger than the batch is the batch.
+        batch = self.rollout_length * self.num_envs_per_env_runner * max(1, self.num_env_runners)
+        self.train_batch_size_per_learner = max(batch // max(1, self.num_learners), self.minibatch_size)
+        super().validate()
+
     def get_default_learner_class(self) -> Any:
         return PPOTensorLearner
 
@@ -89,7 +95,7 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
         return {}
 
 
-class PPOTensorLearner(TensorLearner, PPOTorchLearner):
+class PPOTensorLearner(PPOTorchLearner, TensorLearner):
     """RLlib's PPO loss; advantages and normalisation on tensors."""
 
     def build(self) -> None:

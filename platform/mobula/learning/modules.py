@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import gymnasium
@@ -22,13 +23,34 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "el
 def mlp(sizes: Sequence[int], activation: str = "tanh", *, last_gain: float = 1.0) -> nn.Sequential:
     """Fully connected layers `sizes[0] -> ... -> sizes[-1]`, orthogonal weights, no activation at the end."""
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
         linear = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(linear.weight, gain=last_gain if last else 2**0.5)
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
+
+
+class TensorModule(TorchRLModule):
+    """An RLModule whose state keeps its precision: RLlib's own turns float64 into float32 on the way to a checkpoint, an env
+    runner or a learner.  Every module of a method derives from it.
+    """
+
+    def get_state(
+        self, components: Any = None, *, inference_only: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        state = super().get_state(components, inference_only=inference_only, **kwargs)
+        exact = self.state_dict()
+        return {name: exact[name].detach().cpu().numpy().copy() for name in state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        own = self.state_dict()
+        with torch.no_grad():
+            for name, value in own.items():
+                if name not in state:
+                    raise KeyError(f"{type(self).__name__}: the state lacks {name}")
+                value.copy_(torch.as_tensor(np.asarray(state[name])))
 
 
 class Encoder(nn.Module):
@@ -91,7 +113,7 @@ class Encoder(nn.Module):
         self.count.copy_(whole)
 
 
-class ActorCritic(TorchRLModule, ValueFunctionAPI):
+class ActorCritic(TensorModule, ValueFunctionAPI):
     """Separate policy and value networks; categorical or diagonal Gaussian with a state-independent log-std.
 
     model_config: hidden (layer sizes), activation, normalize_observations, initial_log_std.
