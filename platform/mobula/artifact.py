@@ -330,7 +330,7 @@ class Policy:
         if served is not None:
             fields |= served({Columns.OBS: tensor})
         answer: dict[str, Any] = {
-            name: value.reshape(*leading, *value.shape[1:]).numpy() for name, value in fields.items()
+            name: value.reshape((*leading, *value.shape[1:])).numpy() for name, value in fields.items()
         }
         if recurrent:
             answer["state"] = {name: value.numpy() for name, value in new_state.items()}

@@ -222,6 +222,7 @@ def train(
         num_env_runners=_first(num_env_runners, given.get("num_env_runners")),
         num_envs_per_env_runner=_first(num_envs, given.get("num_envs_per_env_runner")),
         num_learners=_first(num_learners, given.get("num_learners")),
+        verbose=verbose,
     )
     if dump_config:
         typer.echo(running.dump_config(chosen), nl=False)
@@ -352,11 +353,14 @@ def _report(run: Any) -> None:
 
     table = Table(title="result", title_justify="left", show_header=False)
     last = run.last
+    returns = [
+        row["env_runners/episode_return_mean"] for row in run.rows if "env_runners/episode_return_mean" in row
+    ]
     seconds = last.get("time_total_s", 0.0)
     table.add_row("environment steps", f"{int(last['env_steps']):,}")
     table.add_row("training time", f"{seconds:.1f} s ({last['env_steps'] / max(seconds, 1e-9):,.0f} steps/s)")
-    if "env_runners/episode_return_mean" in last:
-        table.add_row("training return (mean)", f"{last['env_runners/episode_return_mean']:.2f}")
+    if returns:
+        table.add_row("training return (mean)", f"{returns[-1]:.2f}")
     else:
         rewards = reward_per_step(run.rows)
         tail = rewards[-max(1, len(rewards) // 8) :]

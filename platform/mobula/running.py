@@ -86,11 +86,15 @@ def make_config(
     num_env_runners: int | None = None,
     num_envs_per_env_runner: int | None = None,
     num_learners: int | None = None,
+    verbose: bool = False,
 ) -> AlgorithmConfig:
     """The config of a run.  Raises ConfigError for names or values that do not exist or do not fit."""
     from mobula.method import MethodConfig
 
     config: Any = registry.config_class(method)()
+    # RLlib sets its loggers to this, and remarks on its own API at every start.
+    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
+    config.debugging(log_level="INFO" if verbose else "ERROR")
     if env is not None:
         spelled = registry.env_name(env)
         if not isinstance(config, MethodConfig):
@@ -140,7 +144,7 @@ def flat_metrics(result: Mapping[str, Any], prefix: str = "") -> dict[str, float
             continue
         if isinstance(value, Mapping):
             flat |= flat_metrics(value, f"{prefix}{name}/")
-        elif isinstance(value, bool) or isinstance(value, str) or value is None:
+        elif value is None or isinstance(value, bool | str):
             continue
         else:
             try:
@@ -339,7 +343,7 @@ def _loop(
 def save_checkpoint(algorithm: Any, path: Path) -> None:
     """Writes `path`/checkpoint whole, or leaves the one that is there."""
     with replaced_folder(path / "checkpoint") as folder:
-        algorithm.save_to_path(str(folder))
+        algorithm.save_to_path(str(folder.resolve()))
 
 
 def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool) -> None:
@@ -382,12 +386,15 @@ def learning_curve(rows: list[dict[str, float]], path: Path, *, title: str) -> P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [row["env_steps"] for row in rows]
     returns = [row.get("env_runners/episode_return_mean", math.nan) for row in rows]
     episodic = any(math.isfinite(value) for value in returns)
-    values = returns if episodic else reward_per_step(rows)
-    if not any(math.isfinite(value) for value in values):
+    found = returns if episodic else reward_per_step(rows)
+    points = [
+        (row["env_steps"], value) for row, value in zip(rows, found, strict=True) if math.isfinite(value)
+    ]
+    if not points:
         return None
+    steps, values = zip(*points, strict=True)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if not episodic and len(values) >= 16:
         axes.plot(steps, values, color="#9ecae1", linewidth=1, label="each iteration")

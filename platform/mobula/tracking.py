@@ -53,10 +53,11 @@ class Tracker:
                 (base / "mlflow.db").open("a").close()
             uri, location = f"sqlite:///{base / 'mlflow.db'}", (base / "mlartifacts").as_uri()
         _require_answer(uri)
-        # MLflow is slow to import and talks while it sets up a new database.
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow import MlflowClient
+
+        # MLflow sets its loggers when it is imported, and talks while it makes a new database.
+        for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         found = client.get_experiment_by_name(experiment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -90,7 +90,10 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         self.make_module()
         self._weights_seq_no = 0
         self._counts: defaultdict[str, float] = defaultdict(float)
-        self._episodes: list[tuple[Tensor, Tensor]] = []
+        self._new_episodes: list[tuple[Tensor, Tensor]] = []
+        smoothing = self.config.metrics_num_episodes_for_smoothing
+        self._smoothing = max(1, -(-smoothing // max(1, self.config.num_env_runners)))
+        self._last_episodes: deque[tuple[float, float]] = deque(maxlen=self._smoothing)
 
     # Environment and module ------------------------------------------------------------------------------
 
@@ -334,13 +337,19 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
             ends, returns, self._return = _segments(reward, done, self._return)
             _, lengths, self._length = _segments(ones, done, self._length)
             if ends:
-                self._episodes.append((returns, lengths))
+                self._new_episodes.append((returns, lengths))
 
     def get_metrics(self) -> Any:
         """What was sampled since the last call, reduced for RLlib's `MetricsLogger`."""
         log = self.metrics.log_value
         counts, self._counts = self._counts, defaultdict(float)
-        episodes = sum(len(returns) for returns, _ in self._episodes)
+        fresh = [
+            pair
+            for returns, lengths in self._new_episodes
+            for pair in zip(returns.tolist(), lengths.tolist(), strict=True)
+        ]
+        self._new_episodes.clear()
+        episodes = len(fresh)
         env_steps, agent_steps = int(counts["env_steps"]), int(counts["agent_steps"])
         log(NUM_ENV_STEPS_SAMPLED, env_steps, reduce="sum")
         log(NUM_ENV_STEPS_SAMPLED_LIFETIME, env_steps, reduce="lifetime_sum", with_throughput=True)
@@ -352,22 +361,20 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         log(NUM_EPISODES_LIFETIME, episodes, reduce="lifetime_sum")
         log(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         log(REWARD_SUM, counts["reward"], reduce="sum")
-        if episodes:
-            returns = torch.cat([r for r, _ in self._episodes])
-            lengths = torch.cat([n for _, n in self._episodes])
-            self._episodes.clear()
-            smoothing = self.config.metrics_num_episodes_for_smoothing
-            window = max(1, -(-smoothing // max(1, self.config.num_env_runners)))
-            if self.config.in_evaluation:
-                # Every episode that was asked for counts, not the last few.
-                window = max(window, episodes)
-            for value, length in zip(returns[-window:].tolist(), lengths[-window:].tolist(), strict=True):
+        # In training, the last `metrics_num_episodes_for_smoothing` episodes, also in iterations in which none ended; in
+        # evaluation, every episode that was asked for and no other.
+        self._last_episodes.extend(fresh)
+        shown = fresh if self.config.in_evaluation else list(self._last_episodes)
+        if shown:
+            window = len(shown) if self.config.in_evaluation else self._smoothing
+            for value, length in shown:
                 log(EPISODE_RETURN_MEAN, value, window=window)
                 log(EPISODE_LEN_MEAN, length, window=window)
-            log(EPISODE_RETURN_MIN, float(returns.min()), reduce="min", window=window)
-            log(EPISODE_RETURN_MAX, float(returns.max()), reduce="max", window=window)
-            log(EPISODE_LEN_MIN, int(lengths.min()), reduce="min", window=window)
-            log(EPISODE_LEN_MAX, int(lengths.max()), reduce="max", window=window)
+            returns, lengths = zip(*shown, strict=True)
+            log(EPISODE_RETURN_MIN, min(returns), reduce="min", window=window)
+            log(EPISODE_RETURN_MAX, max(returns), reduce="max", window=window)
+            log(EPISODE_LEN_MIN, min(lengths), reduce="min", window=window)
+            log(EPISODE_LEN_MAX, max(lengths), reduce="max", window=window)
         return self.metrics.reduce()
 
     # State -----------------------------------------------------------------------------------------------

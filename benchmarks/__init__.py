@@ -1,0 +1,1 @@
+"""Measurements beside named peers, as ratios in one run."""
