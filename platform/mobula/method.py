@@ -154,12 +154,14 @@ class MethodConfig(AlgorithmConfig):
     rejected       {RLlib setting: reason} for settings that have no meaning in the method
     citation       BibTeX entry, shown by `mobula cite`
     when           when to use the method and when not (a paragraph of Markdown, shown in the docs)
+    default_stop   where a run ends if nothing is said (names as in `mobula.running.STOP_NAMES`)
     """
 
     needs_env: ClassVar[bool] = True
     rejected: ClassVar[Mapping[str, str]] = {}
     citation: ClassVar[str] = ""
     when: ClassVar[str] = ""
+    default_stop: ClassVar[Mapping[str, float]] = {"iterations": 50}
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or self.register())

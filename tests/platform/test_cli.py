@@ -263,3 +263,8 @@ def test_the_plug_in_example_of_the_readme(tmp_path: Path) -> None:
     assert final["evaluation"]["episode_len_mean"] == 9.0
     code = "from mobula.sampling.conformance import check_env; from mobula_example import Corridor; check_env(Corridor)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **env})
+
+
+def test_the_readme_shows_the_example_that_is_tested() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "examples/plugin/mobula_example.py").read_text(encoding="utf-8").strip() in readme

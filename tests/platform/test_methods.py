@@ -102,7 +102,7 @@ def test_a_closed_form_is_exact_with_one_and_with_two_learners(ray_session: None
     for _ in range(3):
         result = algorithm.train()
     state = algorithm.learner_group.get_state()["learner"]["rl_module"]["default_policy"]
-    assert torch.allclose(torch.as_tensor(state["weights"]), exact_ridge(3))
+    assert torch.allclose(torch.tensor(state["weights"]), exact_ridge(3))
     assert result["learners"]["default_policy"]["norm"] == pytest.approx(float(exact_ridge(3).norm()))
     algorithm.stop()
 

@@ -40,6 +40,8 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
         "It learns nothing from logged data, and where samples are expensive an off-policy method (SAC) needs fewer."
     )
 
+    default_stop = {"env_steps": 1_000_000}
+
     lr = hyperparameter(1e-3, tune.loguniform(1e-5, 1e-2), "step size of Adam (or RLlib's schedule)", low=0.0)
     gamma = hyperparameter(0.99, tune.uniform(0.9, 0.999), "discount", low=0.0, high=1.0)
     lambda_ = hyperparameter(

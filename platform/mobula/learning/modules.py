@@ -50,7 +50,7 @@ class TensorModule(TorchRLModule):
             for name, value in own.items():
                 if name not in state:
                     raise KeyError(f"{type(self).__name__}: the state lacks {name}")
-                value.copy_(torch.as_tensor(np.asarray(state[name])))
+                value.copy_(torch.as_tensor(np.array(state[name])))
 
 
 class Encoder(nn.Module):

@@ -84,7 +84,7 @@ def _check_shapes(env: TensorEnv, steps: int) -> None:
             )
         if env.autoreset_mode is AutoresetMode.SAME_STEP and not env.continuing:
             _require("final_obs" in info, "same-step autoreset gives no info['final_obs']")
-            same = (info["final_obs"] == obs).flatten(1).all(1)
+            same = (info["final_obs"] == obs).reshape(env.num_envs, -1).all(1)
             _require(
                 (same | terminated | truncated).all(), "final_obs differs from obs where no episode ended"
             )
