@@ -200,6 +200,41 @@ def test_a_reproduction_judges_resumes_and_reports(ray_session: None, in_tmp: Pa
     assert changed["numbers"]["random--grid"] == result["numbers"]["random--grid"]
 
 
+def squares(config: Any, task: Task, seeds: Any) -> list[dict[str, float]]:
+    """An arm that computes all of its seeds at once."""
+    scale = config.lr_actor * task.env_config["factor"]
+    return [{"value": scale * (seed % 1000) ** 2, "batch": float(len(seeds))} for seed in seeds]
+
+
+def test_an_arm_of_batched_seeds(ray_session: None, in_tmp: Path) -> None:
+    from mobula.algorithms.policy_gradient.baselines.average_reward import ReinforceAvgConfig
+    from mobula.experiment import reproduce
+
+    one = ReinforceAvgConfig().training(lr_actor=1.0)
+    plan = Experiment(
+        arms={
+            "whole": Arm(one, run=squares),
+            "halves": Arm(one, run=squares, batch=2),
+            "tuned": Arm(one, run=squares, grid={"lr_actor": [1.0, 3.0]}, select="value", tuning_seeds=2),
+        },
+        tasks={"squares": Task(seeds=4, env_config={"factor": 10.0})},
+        claims=[
+            Claim("halves are the whole", core.paired_difference("value", "whole", "halves"), within(0, 0))
+        ],
+        figure=lambda results, folder: [],
+    )
+    result = reproduce("batched", experiment=plan, out="out", track=False)
+    assert result["claims"][0]["verdict"] == "holds"
+    assert [n["value"] for n in result["numbers"]["whole--squares"]] == [0.0, 10.0, 40.0, 90.0]
+    assert [n["batch"] for n in result["numbers"]["halves--squares"]] == [2.0] * 4
+    assert [n["value"] for n in result["numbers"]["tuned--squares"]] == [0.0, 30.0, 120.0, 270.0]
+    assert result["tuned"]["tuned on squares"]["chosen"] == {"lr_actor": 3.0}
+    assert sorted(f.stem for f in Path("out/cells").glob("halves*")) == [
+        "halves--squares--0-1",
+        "halves--squares--2-3",
+    ]
+
+
 def test_a_failing_cell_is_reported_and_the_others_are_judged(ray_session: None, in_tmp: Path) -> None:
     from mobula.experiment import reproduce
 

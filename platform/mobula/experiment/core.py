@@ -22,6 +22,9 @@ Row = dict[str, float]
 Numbers = dict[str, Any]
 """What a measure makes of a cell: numbers, and lists of numbers for figures."""
 
+BatchRun = Callable[[Any, "Task", Sequence[int]], Sequence[Numbers]]
+"""(config, task, seeds) -> numbers of every seed, all of them computed side by side in one batch."""
+
 Verdict = Literal["holds", "fails", "undecided", "not run"]
 
 
@@ -29,9 +32,9 @@ Verdict = Literal["holds", "fails", "undecided", "not run"]
 class Task:
     """An environment, a budget and a number of seeds."""
 
-    env: str
-    env_steps: int
-    seeds: int
+    env: str = ""
+    env_steps: int = 0
+    seeds: int = 1
     env_config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +46,9 @@ class Arm:
     grid      {knob: values}: tuned on each task over the whole grid, on `tuning_seeds` seeds that are not those of the
               evaluation; the combination with the largest mean of `select` is run and recorded
     tasks     the tasks that it runs on (default: all)
+    run       for methods that hold all seeds in one batch: computes the numbers of every seed at once, in place of training
+              an algorithm a seed and of the experiment's `measure`.  A function of a module, so that it travels to workers
+    batch     seeds of one trial (default: all of a task); trials run in parallel
     """
 
     config: Any
@@ -51,6 +57,13 @@ class Arm:
     select: str = ""
     tuning_seeds: int = 2
     tasks: tuple[str, ...] = ()
+    run: BatchRun | None = None
+    batch: int | None = None
+
+    def groups(self, seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        """The seeds of each trial."""
+        size = 1 if self.run is None else self.batch or len(seeds)
+        return [tuple(seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
     def combinations(self) -> list[dict[str, Any]]:
         """Every point of the grid."""
@@ -255,13 +268,14 @@ class Experiment:
     probe    called on the algorithm at about `probe_points` times along a run, its numbers join the rows as "probe/..."
     smoke    {task: {field: value}}: what a quick look overrides; tasks that are not named are left out of it
     figure   makes the figure(s): (results, folder) -> file names
+    measure  turns the rows of a cell into numbers; arms with a `run` of their own need none
     """
 
     arms: Mapping[str, Any]
     tasks: Mapping[str, Task]
     claims: Sequence[Claim]
-    measure: Measure
     figure: Callable[[Results, Any], list[str]]
+    measure: Measure | None = None
     smoke: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     probe: Callable[[Any], dict[str, float]] | None = None
     probe_points: int = 8

@@ -31,12 +31,12 @@ TUNING_SEEDS_FROM = 1_000_000
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: an arm's config on a task with a seed."""
+    """One trial: an arm's config on a task with a seed, or with several where the arm runs them as a batch."""
 
     key: str
     arm: str
     task: str
-    seed: int
+    seeds: tuple[int, ...]
     settings: dict[str, Any]
 
     def digest(self, config: Any, task: Task) -> str:
@@ -47,7 +47,7 @@ class Cell:
             knobs,
             self.settings,
             asdict(task) | {"seeds": 0},
-            self.seed,
+            list(self.seeds),
             versions()["mobula"],
         ]
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -137,20 +137,17 @@ def reproduce(
     runner = _Runner(plan, folder, resume, progress)
     tuned = runner.tune_baselines()
     evaluation = [
-        Cell(f"{arm}--{task}--{seed}", arm, task, seed, runner.settings(arm, task))
+        Cell(f"{arm}--{task}--{_span(seeds)}", arm, task, seeds, runner.settings(arm, task))
         for arm in plan.arms
         for task, about in plan.tasks.items()
         if not plan.arm(arm).tasks or task in plan.arm(arm).tasks
-        for seed in range(about.seeds)
+        for seeds in plan.arm(arm).groups(range(about.seeds))
     ]
-    rows = runner.run(evaluation, "evaluation")
+    found = runner.run(evaluation, "evaluation")
     numbers: dict[tuple[str, str], dict[int, Numbers]] = {}
     for cell in evaluation:
-        if cell.key in rows:
-            numbers.setdefault((cell.arm, cell.task), {})[cell.seed] = {
-                **plan.measure(rows[cell.key]),
-                **_probes(rows[cell.key]),
-            }
+        if cell.key in found:
+            numbers.setdefault((cell.arm, cell.task), {}).update(runner.numbers(cell, found[cell.key]))
     results = Results(plan, numbers)
     claims = [
         claim.judge(results, task)
@@ -191,6 +188,10 @@ def _probes(rows: list[Row]) -> Numbers:
     return {k: [v if abs(v) != float("inf") else None for v in values] for k, values in found.items()}
 
 
+def _span(seeds: tuple[int, ...]) -> str:
+    return str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+
+
 class _Runner:
     def __init__(self, plan: Experiment, folder: Path, resume: bool, progress: bool) -> None:
         self.plan, self.folder, self.resume, self.progress = plan, folder, resume, progress
@@ -213,16 +214,21 @@ class _Runner:
         ]
         for name, arm, task in wanted:
             for index, combination in enumerate(arm.combinations()):
-                for seed in range(arm.tuning_seeds):
+                for seeds in arm.groups(range(arm.tuning_seeds)):
                     settings = {**arm.per_task.get(task, {}), **combination}
-                    key = f"tune-{name}-{index}--{task}--{seed}"
-                    cells.append(Cell(key, name, task, TUNING_SEEDS_FROM + seed, settings))
-        rows = self.run(cells, "tuning of baselines")
+                    key = f"tune-{name}-{index}--{task}--{_span(seeds)}"
+                    cells.append(Cell(key, name, task, tuple(TUNING_SEEDS_FROM + s for s in seeds), settings))
+        found = self.run(cells, "tuning of baselines")
         for name, arm, task in wanted:
             scores = []
             for index, _ in enumerate(arm.combinations()):
-                keys = [f"tune-{name}-{index}--{task}--{seed}" for seed in range(arm.tuning_seeds)]
-                values = [self.plan.measure(rows[key])[arm.select] for key in keys if key in rows]
+                prefix = f"tune-{name}-{index}--{task}--"
+                values = [
+                    numbers[arm.select]
+                    for cell in cells
+                    if cell.key.startswith(prefix) and cell.key in found
+                    for numbers in self.numbers(cell, found[cell.key]).values()
+                ]
                 scores.append(sum(values) / len(values) if values else float("-inf"))
             best = max(range(len(scores)), key=scores.__getitem__)
             self.chosen[name, task] = arm.combinations()[best]
@@ -235,9 +241,16 @@ class _Runner:
             }
         return tuned
 
-    def run(self, cells: list[Cell], title: str) -> dict[str, list[Row]]:
-        """{cell key: rows} of the cells that ended well; the others are noted in `failed`."""
-        found: dict[str, list[Row]] = {}
+    def numbers(self, cell: Cell, found: list[Any]) -> dict[int, Numbers]:
+        """{seed: numbers} from what a trial returned: rows of its one seed, or numbers of each of its seeds."""
+        if self.plan.arm(cell.arm).run is not None:
+            return dict(zip(cell.seeds, found, strict=True))
+        assert self.plan.measure is not None
+        return {cell.seeds[0]: {**self.plan.measure(found), **_probes(found)}}
+
+    def run(self, cells: list[Cell], title: str) -> dict[str, list[Any]]:
+        """{cell key: rows, or numbers of each seed} of the cells that ended well; the others are noted in `failed`."""
+        found: dict[str, list[Any]] = {}
         waiting: dict[str, Cell] = {}
         for cell in cells:
             file = self.folder / "cells" / f"{cell.key}.json"
@@ -254,11 +267,11 @@ class _Runner:
                 found |= self._trials(waiting, advance)
         return found
 
-    def _trials(self, cells: dict[str, Cell], advance: Callable[[str], None]) -> dict[str, list[Row]]:
+    def _trials(self, cells: dict[str, Cell], advance: Callable[[str], None]) -> dict[str, list[Any]]:
         from ray import tune
 
         plan = self.plan
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[Any]] = {}
 
         def trial(given: dict[str, Any], plan: Experiment, cells: dict[str, Cell]) -> None:
             import torch
@@ -266,14 +279,12 @@ class _Runner:
             # Tiny models are fastest with one thread a process and the seeds side by side.
             torch.set_num_threads(1)
             cell, start = cells[given["cell"]], time.time()
-            rows = run_cell(
-                plan.arm(cell.arm).config,
-                plan.tasks[cell.task],
-                cell.seed,
-                cell.settings,
-                plan.probe,
-                plan.probe_points,
-            )
+            arm, task = plan.arm(cell.arm), plan.tasks[cell.task]
+            if arm.run is not None:
+                config = arm.config.copy(copy_frozen=False).training(**cell.settings)
+                rows: Any = arm.run(config, task, cell.seeds)
+            else:
+                rows = run_cell(arm.config, task, cell.seeds[0], cell.settings, plan.probe, plan.probe_points)
             tune.report({"cell": cell.key, "rows": json.dumps(rows), "seconds": time.time() - start})
 
         def keep(result: dict[str, Any]) -> None:
@@ -365,12 +376,12 @@ def _log(
     with Tracker.start(
         f"reproduce-{name}", f"{name}-{result['budget']}", uri=uri, tags={"method": name}
     ) as parent:
-        for cell in cells:
-            numbers = results.cells.get((cell.arm, cell.task), {}).get(cell.seed)
+        for cell, seed in [(one, seed) for one in cells for seed in one.seeds]:
+            numbers = results.cells.get((cell.arm, cell.task), {}).get(seed)
             if numbers is None:
                 continue
-            params = {"arm": cell.arm, "task": cell.task, "seed": cell.seed, **cell.settings}
-            with parent.child(cell.key, params) as child:
+            params = {"arm": cell.arm, "task": cell.task, "seed": seed, **cell.settings}
+            with parent.child(f"{cell.arm}--{cell.task}--{seed}", params) as child:
                 child.log_metrics({k: v for k, v in numbers.items() if isinstance(v, float)}, 0)
                 for step, value in zip(
                     numbers.get("curve_steps", []), numbers.get("curve_values", []), strict=True
