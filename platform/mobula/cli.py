@@ -5,8 +5,10 @@ Ray and torch are imported only where they are needed: `--help`, `methods` and `
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -525,6 +527,14 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
+    for name in (
+        "ray.rllib.algorithms.algorithm_config",
+        "ray._common.deprecation",
+        "torch.onnx._internal.exporter._registration",
+    ):
+        # Advice about the libraries' own migrations and about packages that nothing here needs.
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except MobulaError as error:
