@@ -77,6 +77,7 @@ class ChainConfig(MethodConfig):
     """Average-reward methods on chains that never end (base class)."""
 
     rejected = NO_DISCOUNT
+    default_env = "goal_grid"
     default_stop = {"env_steps": 20_000}
 
     features = hyperparameter(

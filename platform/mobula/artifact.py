@@ -289,7 +289,9 @@ class Policy:
             raise DataError(f"obs is no array of numbers: {error}") from error
         if array.shape[array.ndim - len(shape) :] != shape or array.ndim < len(shape):
             raise DataError(f"obs has shape {array.shape}; {shape} is expected, or a batch of them")
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        # Filters take a NaN (null in JSON) as a missing observation.
+        missing = getattr(self.module, "takes_missing", False)
+        if tensor.is_floating_point() and not (tensor.isfinite() | (tensor.isnan() & missing)).all():
             raise DataError("obs holds a NaN or an infinity")
         if isinstance(self.observation_space, spaces.Discrete):
             low, n = int(self.observation_space.start), int(self.observation_space.n)
@@ -328,7 +330,7 @@ class Policy:
             fields["log_probability"] = log_probability(cls, out[Columns.ACTION_DIST_INPUTS], actions)
         served = getattr(self.module, "served", None)
         if served is not None:
-            fields |= served({Columns.OBS: tensor})
+            fields |= served({Columns.OBS: tensor, **({Columns.STATE_OUT: new_state} if recurrent else {})})
         answer: dict[str, Any] = {
             name: value.reshape((*leading, *value.shape[1:])).numpy() for name, value in fields.items()
         }

@@ -154,6 +154,7 @@ class MethodConfig(AlgorithmConfig):
     rejected       {RLlib setting: reason} for settings that have no meaning in the method
     citation       BibTeX entry, shown by `mobula cite`
     when           when to use the method and when not (a paragraph of Markdown, shown in the docs)
+    default_env    registered environment of a fresh config, where the method has a natural one
     default_stop   where a run ends if nothing is said (names as in `mobula.running.STOP_NAMES`)
     """
 
@@ -161,6 +162,7 @@ class MethodConfig(AlgorithmConfig):
     rejected: ClassVar[Mapping[str, str]] = {}
     citation: ClassVar[str] = ""
     when: ClassVar[str] = ""
+    default_env: ClassVar[str | None] = None
     default_stop: ClassVar[Mapping[str, float]] = {"iterations": 50}
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -170,6 +172,8 @@ class MethodConfig(AlgorithmConfig):
         self.env_runners(num_env_runners=0, num_envs_per_env_runner=1, create_env_on_local_worker=False)
         self.env_runner_cls = TensorEnvRunner if self.needs_env else None
         self._is_online = self.needs_env
+        if self.default_env is not None:
+            self.environment(self.default_env)
         self.evaluation(evaluation_duration=10, evaluation_config={"explore": False})
         self.fault_tolerance(restart_failed_env_runners=True)
         for name, knob in self.hyperparameters().items():

@@ -163,7 +163,7 @@ def test_mac_takes_an_episodic_gymnasium_environment(in_tmp: Path) -> None:
         (["train", "mac", "--env", "goal_grid", "--set", "gamma=0.9"], "no discount"),
         (["train", "mac", "--env", "goal_grid", "--set", "gamma"], "key=value"),
         (["train", "mac", "--env", "goal_grid", "--stop", "env_steps=many"], "numbers"),
-        (["train", "mac"], "no environment is set"),
+        (["train", "PPO"], "no environment is set"),
         (["train", "mac", "--config", "nowhere.yaml"], "does not exist"),
         (["train", "SAC", "--env", "Pendulum-v1", "--taau", "1"], "Did you mean 'tau'"),
         (["evaluate", "nowhere"], "is no exported policy"),

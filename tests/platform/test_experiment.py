@@ -63,6 +63,14 @@ def test_pairing_removes_what_seeds_share() -> None:
         statistics.paired_difference([1, 2], [1])
 
 
+def test_a_ratio_of_means_takes_seeds_together() -> None:
+    found = statistics.ratio_of_means([2.0, 4.0, 6.0, 8.0], [1.0, 2.0, 3.0, 4.0])
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    mixed = statistics.ratio_of_means([2.0, 3.0, 7.0, 8.0], [1.0, 2.0, 3.0, 4.0])
+    assert mixed.value == pytest.approx(2.0)
+    assert mixed.low < 2.0 < mixed.high
+
+
 def test_the_stratified_bootstrap_resamples_within_tasks() -> None:
     # Tasks differ, seeds within a task do not: there is nothing to be uncertain about.
     found = statistics.stratified({"a": [0.0] * 4, "b": [10.0] * 4}, np.mean)

@@ -201,7 +201,7 @@ def test_settings_that_come_around_training_are_checked_too() -> None:
     with pytest.raises(ConfigError, match="no discount"):
         config.validate()
     with pytest.raises(ConfigError, match="no environment is set"):
-        MACConfig().validate()
+        PPOConfig().validate()
 
 
 def test_t_max_is_rounded_down_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

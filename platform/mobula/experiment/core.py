@@ -156,6 +156,20 @@ def paired_difference(metric: str, first: str, second: str) -> Statistic:
     return gap
 
 
+def ratio_of_means(first: tuple[str, str], second: tuple[str, str]) -> Statistic:
+    """Mean of one (metric, arm) over seeds divided by that of another, the seeds of both resampled together."""
+
+    def ratio(results: Results, task: str) -> Estimate:
+        (metric_a, arm_a), (metric_b, arm_b) = first, second
+        a, b = results.cells.get((arm_a, task), {}), results.cells.get((arm_b, task), {})
+        both = sorted(set(a) & set(b))
+        if not both:
+            raise KeyError(f"{arm_a} and {arm_b} on {task}")
+        return statistics.ratio_of_means([a[s][metric_a] for s in both], [b[s][metric_b] for s in both])
+
+    return ratio
+
+
 def fraction_at_least(metric: str, arm: str, threshold: float | Callable[[Task], float]) -> Statistic:
     """Share of seeds whose `metric` reaches the threshold: a count, judged as it is."""
 

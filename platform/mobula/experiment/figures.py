@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ def learning_curves(
     reference: Callable[[Task], float] | None = None,
     reference_label: str = "optimum",
     labels: Mapping[str, str] | None = None,
+    xlabel: str = "environment steps",
+    arms: Sequence[str] | None = None,
     file: str = "figure.png",
 ) -> Callable[[Results, Path], list[str]]:
-    """One panel a task: mean over seeds of "curve_values" against "curve_steps", with a 95 % bootstrap band, an arm a colour."""
+    """One panel a task: mean over seeds of "curve_values" against "curve_steps", with a 95 % bootstrap band, an arm a colour
+    (`arms`: which of them; default all).
+    """
 
     def draw(results: Results, folder: Path) -> list[str]:
         import matplotlib
@@ -45,7 +49,7 @@ def learning_curves(
         )
         handles: dict[str, Any] = {}
         for axes, (name, task) in zip(panels[0], tasks.items(), strict=True):
-            for colour, arm in zip(COLOURS, results.experiment.arms, strict=False):
+            for colour, arm in zip(COLOURS, arms or results.experiment.arms, strict=False):
                 cells = results[arm, name]
                 if not cells:
                     continue
@@ -59,8 +63,9 @@ def learning_curves(
                 line = axes.axhline(reference(task), color="0.35", linestyle="--", linewidth=1)
                 handles.setdefault(reference_label, line)
             about = ", ".join(f"{k}={v}" for k, v in task.env_config.items())
-            axes.set_title(f"{name}: {task.env} {about} ({task.seeds} seeds)", fontsize=9)
-            axes.set_xlabel("environment steps")
+            what = f"{task.env} {about}".strip()
+            axes.set_title(f"{name}: {what} ({task.seeds} seeds)", fontsize=9)
+            axes.set_xlabel(xlabel)
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
             axes.grid(alpha=0.25)

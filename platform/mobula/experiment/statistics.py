@@ -100,6 +100,17 @@ def paired_difference(
     return mean(a - b, confidence=confidence, seed=seed)
 
 
+def ratio_of_means(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """mean(first) / mean(second), the entries of one seed taken together."""
+
+    def ratio(a: Array, b: Array, axis: int = -1) -> Any:
+        return np.mean(a, axis=axis) / np.mean(b, axis=axis)
+
+    return bootstrap([first, second], ratio, confidence=confidence, paired=True, seed=seed)
+
+
 def difference(first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Difference of the means of two independent samples."""
 

@@ -276,9 +276,9 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
                 step[Columns.LOSS_MASK] = within & step.get(Columns.LOSS_MASK, within)
                 finished += done
             if state is not None and not at_random:
-                ended = done.view(-1, *[1] * (next(iter(new_state.values())).ndim - 1))
                 state = {
-                    name: torch.where(ended, self._initial[name], value) for name, value in new_state.items()
+                    name: torch.where(done.view(-1, *[1] * (value.ndim - 1)), self._initial[name], value)
+                    for name, value in new_state.items()
                 }
             for name, value in step.items():
                 columns[name].append(value)
