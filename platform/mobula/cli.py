@@ -236,7 +236,8 @@ def train(
         if iterations < 1:
             raise ConfigError(f"--iterations {iterations}: at least 1")
         targets["iterations"] = iterations
-    with _progress_bar(f"{name} on {environment}", quiet) as progress:
+    title = name if environment is None else f"{name} on {environment}"
+    with _progress_bar(title, quiet, getattr(chosen, "headline", None)) as progress:
         run = running.train(
             chosen,
             stop=targets or None,
@@ -306,7 +307,7 @@ def _train_help(context: typer.Context, method: str | None) -> None:
 
 
 @contextmanager
-def _progress_bar(title: str, quiet: bool) -> Iterator[Any]:
+def _progress_bar(title: str, quiet: bool, headline: tuple[str, str] | None = None) -> Iterator[Any]:
     if quiet:
         yield None
         return
@@ -333,12 +334,14 @@ def _progress_bar(title: str, quiet: bool) -> Iterator[Any]:
         task = bar.add_task(title, total=1.0, metrics="starting Ray")
 
         def show(row: dict[str, float], share: float) -> None:
-            bar.update(task, completed=share, metrics=_headline(row))
+            bar.update(task, completed=share, metrics=_headline(row, headline))
 
         yield show
 
 
-def _headline(row: dict[str, float]) -> str:
+def _headline(row: dict[str, float], headline: tuple[str, str] | None) -> str:
+    if headline is not None:
+        return f"{headline[1]} {row[headline[0]]:.3g}" if headline[0] in row else ""
     parts = [f"{int(row['env_steps']):,} steps"]
     if "env_runners/episode_return_mean" in row:
         parts.append(f"return {row['env_runners/episode_return_mean']:.1f}")
@@ -359,11 +362,19 @@ def _report(run: Any) -> None:
         row["env_runners/episode_return_mean"] for row in run.rows if "env_runners/episode_return_mean" in row
     ]
     seconds = last.get("time_total_s", 0.0)
-    table.add_row("environment steps", f"{int(last['env_steps']):,}")
-    table.add_row("training time", f"{seconds:.1f} s ({last['env_steps'] / max(seconds, 1e-9):,.0f} steps/s)")
+    if run.headline is None:
+        table.add_row("environment steps", f"{int(last['env_steps']):,}")
+        table.add_row(
+            "training time", f"{seconds:.1f} s ({last['env_steps'] / max(seconds, 1e-9):,.0f} steps/s)"
+        )
+    else:
+        metric, label = run.headline
+        table.add_row("iterations", f"{len(run.rows):,}")
+        table.add_row("training time", f"{seconds:.1f} s")
+        table.add_row(label, f"{last[metric]:.4g}" if metric in last else "not measured")
     if returns:
         table.add_row("training return (mean)", f"{returns[-1]:.2f}")
-    else:
+    elif run.headline is None:
         rewards = reward_per_step(run.rows)
         tail = rewards[-max(1, len(rewards) // 8) :]
         table.add_row("reward per step (last eighth)", f"{sum(tail) / len(tail):.4f}")

@@ -155,6 +155,7 @@ class MethodConfig(AlgorithmConfig):
     citation       BibTeX entry, shown by `mobula cite`
     when           when to use the method and when not (a paragraph of Markdown, shown in the docs)
     default_env    registered environment of a fresh config, where the method has a natural one
+    headline       (metric, label) of a run's progress and figure, for methods that are not judged by return or reward
     default_stop   where a run ends if nothing is said (names as in `mobula.running.STOP_NAMES`)
     """
 
@@ -163,6 +164,7 @@ class MethodConfig(AlgorithmConfig):
     citation: ClassVar[str] = ""
     when: ClassVar[str] = ""
     default_env: ClassVar[str | None] = None
+    headline: ClassVar[tuple[str, str] | None] = None
     default_stop: ClassVar[Mapping[str, float]] = {"iterations": 50}
 
     def __init__(self, algo_class: type | None = None) -> None:

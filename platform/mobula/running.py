@@ -169,7 +169,10 @@ def env_steps(metrics: Mapping[str, float]) -> int:
 
 @dataclass
 class Run:
-    """A finished run: its folder, what stopped it, the metrics of every iteration, the evaluation at its end."""
+    """A finished run: its folder, what stopped it, the metrics of every iteration, the evaluation at its end.
+
+    headline: (metric, label) that the method is judged by, where that is not its return.
+    """
 
     path: Path
     status: str
@@ -178,6 +181,7 @@ class Run:
     figure: Path | None = None
     tracking_uri: str | None = None
     notes: list[str] = field(default_factory=list)
+    headline: tuple[str, str] | None = None
 
     @property
     def last(self) -> dict[str, float]:
@@ -363,7 +367,10 @@ def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool) -> None:
         # The run is good without an exported policy; the reason is shown and kept.
         run.notes.append(f"policy not exported: {error}")
         logger.warning("policy not exported: %s", error)
-    run.figure = learning_curve(run.rows, run.path / "learning_curve.png", title=run.path.name)
+    run.headline = getattr(algorithm.config, "headline", None)
+    run.figure = learning_curve(
+        run.rows, run.path / "learning_curve.png", title=run.path.name, headline=run.headline
+    )
     run.status = "done"
     if tracker is not None:
         for name in ("config.yaml", "learning_curve.png", "checkpoint", "policy"):
@@ -379,19 +386,26 @@ def reward_per_step(rows: list[dict[str, float]]) -> list[float]:
     ]
 
 
-def learning_curve(rows: list[dict[str, float]], path: Path, *, title: str) -> Path | None:
-    """A figure of the return (or of the reward per step, for tasks without episodes) against environment steps."""
+def learning_curve(
+    rows: list[dict[str, float]], path: Path, *, title: str, headline: tuple[str, str] | None = None
+) -> Path | None:
+    """A figure of the return (or of the reward per step, for tasks without episodes) against environment steps; of the
+    method's `headline` metric against iterations where it has one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    returns = [row.get("env_runners/episode_return_mean", math.nan) for row in rows]
-    episodic = any(math.isfinite(value) for value in returns)
-    found = returns if episodic else reward_per_step(rows)
-    points = [
-        (row["env_steps"], value) for row, value in zip(rows, found, strict=True) if math.isfinite(value)
-    ]
+    clock = "env_steps"
+    if headline is not None:
+        clock, episodic = "training_iteration", True
+        found = [row.get(headline[0], math.nan) for row in rows]
+    else:
+        returns = [row.get("env_runners/episode_return_mean", math.nan) for row in rows]
+        episodic = any(math.isfinite(value) for value in returns)
+        found = returns if episodic else reward_per_step(rows)
+    points = [(row[clock], value) for row, value in zip(rows, found, strict=True) if math.isfinite(value)]
     if not points:
         return None
     steps, values = zip(*points, strict=True)
@@ -404,8 +418,13 @@ def learning_curve(rows: list[dict[str, float]], path: Path, *, title: str) -> P
         axes.legend(frameon=False)
     else:
         axes.plot(steps, values, color="#0072b2", linewidth=2)
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("episode return (mean)" if episodic else "reward per step")
+    axes.set_xlabel(clock.replace("env_steps", "environment steps").replace("_", " "))
+    if headline is not None:
+        axes.set_ylabel(headline[1])
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
+    else:
+        axes.set_ylabel("episode return (mean)" if episodic else "reward per step")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

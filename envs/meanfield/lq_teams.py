@@ -1,0 +1,278 @@
+"""Linear-quadratic games of teams with very many agents: definitions, a loader, and simulation of finite populations.
+
+A game separates into two that share nothing: that of the deviations y = x - xbar and that of the means xbar
+(Zaman, Koppel, Lauriere, Basar, arXiv 2403.11345, section 3).  Both have the same form, `LQGame`, so that every solver is
+written once and batched over the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mobula.errors import ConfigError, DataError
+
+
+class LQGame(NamedTuple):
+    """x_{t+1} = A_t x_t + sum_i B^i_t u^i_t + w; player i pays sum_t x'Q^i_t x + sum_j u^j' R^{ij}_t u^j (and x'Q^i_T x at T).
+
+    A [..., T, n, n], B [..., N, T, n, p], Q [..., N, T + 1, n, n], R [..., N, N, T, p, p] (R^{ij}: j's input in i's cost).
+    """
+
+    A: Tensor
+    B: Tensor
+    Q: Tensor
+    R: Tensor
+
+    @property
+    def horizon(self) -> int:
+        return self.A.shape[-3]
+
+    @property
+    def players(self) -> int:
+        return self.B.shape[-4]
+
+    @staticmethod
+    def stack(games: Sequence[LQGame]) -> LQGame:
+        """Several games of one shape along a new first axis."""
+        return LQGame(*(torch.stack(parts) for parts in zip(*games, strict=True)))
+
+
+@dataclass(frozen=True)
+class LQTeams:
+    """A mean-field game of N teams, stacked: `games` holds the deviation game [0] and the mean game [1] along the first axis.
+
+    noise    [2, n, n] covariance of w in each: idiosyncratic Sigma, common Sigma^0
+    reset    [2, n, n] covariance that rollouts start from, Sigma_y and Sigma_xbar
+    start    (covariance of the initial deviation [n, n], initial mean [n]) of a play; reported costs use it
+    mask     [2, N, p, n] entries of the gains that a policy may use (layout "teams": own deviations only)
+    blocks   teams of the layout "teams": the state of one of them has n / blocks entries; 1 for "stacked"
+    """
+
+    name: str
+    games: LQGame
+    noise: Tensor
+    reset: Tensor
+    start_cov: Tensor
+    start_mean: Tensor
+    mask: Tensor
+    blocks: int = 1
+
+    def moments(self) -> Tensor:
+        """[2, n, n] second moments of the initial state in the limit: of the deviation, and of the mean."""
+        return torch.stack([self.start_cov, torch.outer(self.start_mean, self.start_mean)])
+
+
+def _over_time(x: Tensor, horizon: int) -> Tensor:
+    return x.unsqueeze(-3).expand(*x.shape[:-2], horizon, *x.shape[-2:])
+
+
+def lq_game(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, horizon: int) -> LQGame:
+    """A game with constant matrices: A [n, n], B [N, n, p], Q [N, n, n] (also terminal), R [N, p, p] (own inputs only).
+
+    Raises ConfigError for an asymmetric Q or an R that is not positive definite, naming the team.
+    """
+    players = len(B)
+    if B.shape[-1] != R.shape[-1]:
+        raise ConfigError(f"B has {B.shape[-1]} inputs a team and R {R.shape[-1]}: they must agree")
+    for i in range(players):
+        if not torch.allclose(Q[i], Q[i].mT, atol=1e-12):
+            raise ConfigError(f"Q of team {i + 1} is not symmetric")
+        if not torch.allclose(R[i], R[i].mT, atol=1e-12) or float(torch.linalg.eigvalsh(R[i])[0]) <= 0:
+            raise ConfigError(f"R of team {i + 1} is not symmetric and positive definite")
+    cross = torch.zeros(players, players, *R.shape[1:], dtype=R.dtype)
+    cross[range(players), range(players)] = R
+    return LQGame(
+        _over_time(A, horizon), _over_time(B, horizon), _over_time(Q, horizon + 1), _over_time(cross, horizon)
+    )
+
+
+def _f64(data: Any) -> Tensor:
+    return torch.tensor(np.asarray(data, dtype=np.float64))
+
+
+def _stacked(name: str, A: Tensor, B: Tensor, Q: Tensor, horizon: int) -> LQTeams:
+    """The games G1 and G2: R = 2, Abar = 0.1 I, Bbar = 0.2 B, Qbar = 2 Q, Rbar = 3, Sigma = 0.1 I, Sigma0 = 0.05 I, resets I."""
+    n, players, p = A.shape[0], len(B), B.shape[-1]
+    eye = torch.eye(n, dtype=torch.float64)
+    R = torch.eye(p, dtype=torch.float64).expand(players, p, p)
+    deviation = lq_game(A, B, Q, 2.0 * R, horizon)
+    mean = lq_game(A + 0.1 * eye, 1.2 * B, 2.0 * Q, 3.0 * R, horizon)
+    return LQTeams(
+        name,
+        LQGame.stack([deviation, mean]),
+        torch.stack([0.1 * eye, 0.05 * eye]),
+        torch.stack([eye, eye]),
+        eye,
+        torch.zeros(n, dtype=torch.float64),
+        torch.ones(2, players, p, n, dtype=torch.bool),
+    )
+
+
+def g1(horizon: int = 5, rho: float = 1.0) -> LQTeams:
+    """Two teams that steer one population with two states, A of spectral radius `rho`."""
+    A = _f64([[0.9, 0.2], [-0.1, 0.8]])
+    A = rho * A / torch.linalg.eigvals(A).abs().max()
+    B = _f64([[[1.0], [0.3]], [[0.2], [1.0]]])
+    Q = torch.stack([torch.diag(_f64([1.0, 0.2])), torch.diag(_f64([0.2, 1.0]))])
+    return _stacked(f"G1(T={horizon}, rho={rho:g})", A, B, Q, horizon)
+
+
+def g2(seed: int = 0, horizon: int = 10) -> LQTeams:
+    """Three teams and three states at random; redrawn until both games are diagonally dominant at every step."""
+    from mobula.envs.meanfield.riccati import nash
+
+    rng = np.random.default_rng(seed)
+    Q = torch.stack([torch.diag(0.1 + 0.9 * torch.eye(3, dtype=torch.float64)[i]) for i in range(3)])
+    while True:
+        A = _f64(rng.standard_normal((3, 3)))
+        A = 0.9 * A / torch.linalg.eigvals(A).abs().max()
+        B = torch.eye(3, dtype=torch.float64).unsqueeze(-1) + 0.3 * _f64(
+            [rng.standard_normal(3) for _ in range(3)]
+        ).unsqueeze(-1)
+        teams = _stacked(f"G2(seed={seed})", A, B, Q, horizon)
+        if float(nash(teams.games).margin.min()) > 0:
+            return teams
+
+
+def g3(horizon: int = 20) -> LQTeams:
+    """Fleets of pursuers and evaders: agents with position and velocity; fleet 1 wants its mean at fleet 2's, fleet 2 the origin."""
+    A = torch.block_diag(*[_f64([[1.0, 0.2], [0.0, 1.0]])] * 2)
+    b = _f64([0.02, 0.2])
+    B = torch.zeros(2, 4, 2, dtype=torch.float64)
+    for i in range(2):
+        for k in range(2):
+            B[i, 2 * k : 2 * k + 2, k] = b if i == k else 0.3 * b
+    own = torch.diag(_f64([1.0, 0.1]))
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    Q = torch.stack([torch.block_diag(own, zero), torch.block_diag(zero, own)])
+    d = _f64([1.0, 0.0, -1.0, 0.0])
+    Q_bar = torch.stack(
+        [
+            torch.outer(d, d) + 0.1 * torch.block_diag(torch.eye(2, dtype=torch.float64), zero),
+            torch.block_diag(zero, own),
+        ]
+    )
+    R = torch.stack([torch.diag(_f64([0.5, 4.0])), torch.diag(_f64([4.0, 0.5]))])
+    eye = torch.eye(4, dtype=torch.float64)
+    mask = torch.ones(2, 2, 2, 4, dtype=torch.bool)
+    # Inputs on population k read the deviation of that population's agent alone.
+    mask[0, :, 0, 2:] = False
+    mask[0, :, 1, :2] = False
+    return LQTeams(
+        f"G3(T={horizon})",
+        LQGame.stack([lq_game(A, B, Q, R, horizon), lq_game(A, B, Q_bar, R, horizon)]),
+        torch.stack([0.1 * eye, 0.05 * eye]),
+        torch.stack([eye, eye]),
+        eye,
+        _f64([1.0, 0.0, -1.0, 0.0]),
+        mask,
+        blocks=2,
+    )
+
+
+NAMES = ("A", "B", "Q", "R", "A_bar", "B_bar", "Q_bar", "R_bar", "Sigma", "Sigma0")
+
+
+def load_game(path: str | Path) -> LQTeams:
+    """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon`, constant in time, layout "stacked".
+
+    A, A_bar, Sigma, Sigma0 [n, n], B, B_bar [N, n, p], Q, Q_bar [N, n, n], R, R_bar [N, p, p]; Q_bar and R_bar are the whole
+    weights of the means, A_bar and B_bar increments.  Raises DataError where one is missing, NaN or of another shape.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                data = {name: file[name] for name in file.files}
+        arrays = {name: _f64(data[name]) for name in NAMES}
+        horizon = int(data["horizon"])
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except KeyError as error:
+        raise DataError(f"{path} lacks {error.args[0]}; it needs horizon and {', '.join(NAMES)}") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as arrays of numbers: {error}") from error
+    n, (players, _, p) = arrays["A"].shape[0], arrays["B"].shape
+    shapes = {"n": (n, n), "B": (players, n, p), "Q": (players, n, n), "R": (players, p, p)}
+    for name, array in arrays.items():
+        wanted = shapes.get(name.removesuffix("_bar"), shapes["n"])
+        if array.shape != wanted or not bool(array.isfinite().all()):
+            raise DataError(f"{path}: {name} is {tuple(array.shape)}; finite numbers {wanted} are needed")
+    deviation = lq_game(arrays["A"], arrays["B"], arrays["Q"], arrays["R"], horizon)
+    mean = lq_game(
+        arrays["A"] + arrays["A_bar"],
+        arrays["B"] + arrays["B_bar"],
+        arrays["Q_bar"],
+        arrays["R_bar"],
+        horizon,
+    )
+    eye = torch.eye(n, dtype=torch.float64)
+    return LQTeams(
+        path.stem,
+        LQGame.stack([deviation, mean]),
+        torch.stack([arrays["Sigma"], arrays["Sigma0"]]),
+        torch.stack([eye, eye]),
+        eye,
+        torch.zeros(n, dtype=torch.float64),
+        torch.ones(2, players, p, n, dtype=torch.bool),
+    )
+
+
+# Finite populations -----------------------------------------------------------------------------------------
+
+
+def play(teams: LQTeams, K: Tensor, sizes: int | Sequence[int], *, rollouts: int, seed: int = 0) -> Tensor:
+    """Sampled costs [rollouts, N] of finite populations under the gains K [2, N, T, p, n] (deviation, mean).
+
+    sizes  agents of each population: one number, or one a block of the layout "teams".  The mean is the empirical one.
+    Raises ConfigError below two agents, where no deviation exists.
+    """
+    games, horizon = teams.games, teams.games.horizon
+    n = games.A.shape[-1]
+    counts = [sizes] * teams.blocks if isinstance(sizes, int) else list(sizes)
+    if len(counts) != teams.blocks or min(counts) < 2:
+        raise ConfigError(
+            f"{teams.name} has {teams.blocks} population(s) of at least 2 agents; got sizes {counts}"
+        )
+    g = torch.Generator().manual_seed(seed)
+    most = max(counts)
+    members = torch.arange(most)[:, None] < torch.tensor(counts).repeat_interleave(n // teams.blocks)[None]
+    weight = members.double() / members.sum(0)
+    own, common = (torch.linalg.cholesky(c) for c in teams.noise)
+    begin = torch.linalg.cholesky(teams.start_cov)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, n, dtype=torch.float64, generator=g)
+
+    x = teams.start_mean + normal(rollouts, most) @ begin.mT
+    cost = torch.zeros(rollouts, games.players, dtype=torch.float64)
+    for t in range(horizon + 1):
+        mean = (weight * x).sum(1)
+        y = (x - mean[:, None]) * members
+        Q, Q_bar = games.Q[0, :, t], games.Q[1, :, t]
+        # Weights of the deviations are block-diagonal, so that agents of unlike numbers never meet in a product.
+        spread = torch.einsum("rai,raj->rij", y * weight, y)
+        cost += torch.einsum("kij,rij->rk", Q, spread)
+        cost += torch.einsum("kij,ri,rj->rk", Q_bar, mean, mean)
+        if t == horizon:
+            break
+        u_dev = -torch.einsum("kpi,rai->rakp", K[0, :, t], y)
+        u_mean = -torch.einsum("kpi,ri->rkp", K[1, :, t], mean)
+        closed = K[0, :, t] @ spread[:, None] @ K[0, :, t].mT
+        cost += torch.einsum("ijpq,rjpq->ri", games.R[0, :, :, t], closed)
+        cost += torch.einsum("ijpq,rjp,rjq->ri", games.R[1, :, :, t], u_mean, u_mean)
+        moved = y @ games.A[0, t].mT + torch.einsum("knp,rakp->ran", games.B[0, :, t], u_dev)
+        carried = mean @ games.A[1, t].mT + torch.einsum("knp,rkp->rn", games.B[1, :, t], u_mean)
+        shock = normal(rollouts) @ common.mT
+        x = (moved + (carried + shock)[:, None] + normal(rollouts, most) @ own.mT) * members
+    return cost
