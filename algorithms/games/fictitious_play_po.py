@@ -1,0 +1,598 @@
+"""Optimistic fictitious-play policy optimisation for zero-sum Markov games with structured transitions.
+
+Qiu, Wei, Ye, Wang, Yang; ICML 2021, arXiv 2207.12463.  Both players learn at once in an unknown game.  Each makes one step of
+exponentiated gradient an episode against the other's policy of that episode, with estimates from counts: optimistic for
+player 1 (who maximises), pessimistic in value and so optimistic for herself for player 2.  No equilibrium is ever solved.
+
+Setting I, factored transitions: each player moves a component of her own; policies read it.
+Setting II, single controller: player 1 alone moves the state.
+
+Steps are counted h = 0 .. H - 1 here, so that a value at h is at most H - h.  All tensors are float64 with leading axes for
+instances (seeds); K episodes are the only loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from ray import tune
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from torch import Tensor
+
+from mobula.envs.games import exact, tabular
+from mobula.envs.games.tabular import FactoredGame, Game, SingleControllerGame
+from mobula.errors import ConfigError, DataError
+from mobula.learning.learners import Learner
+from mobula.learning.modules import TensorModule
+from mobula.method import Method, MethodConfig, hyperparameter
+
+# Estimates from counts -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counts:
+    """Visits and sums of rewards over (h, state, a, b), and of the transitions of each moving component.
+
+    rewards, visits: shape of the game's r.  moves: one tensor a component, shape of its P.
+    """
+
+    visits: Tensor
+    rewards: Tensor
+    moves: list[Tensor]
+
+    @staticmethod
+    def of(game: Game) -> Counts:
+        """No visits yet."""
+        tables = [game.P1, game.P2] if isinstance(game, FactoredGame) else [game.P]
+        return Counts(
+            torch.zeros_like(game.r), torch.zeros_like(game.r), [torch.zeros_like(P) for P in tables]
+        )
+
+    def model(self) -> tuple[Tensor, list[Tensor]]:
+        """(mean rewards, 0 where nothing was seen; kernels, uniform where nothing was seen)."""
+        r = self.rewards / self.visits.clamp_min(1.0)
+        kernels = []
+        for moves in self.moves:
+            total = moves.sum(-1, keepdim=True)
+            kernels.append(torch.where(total > 0, moves / total.clamp_min(1.0), 1.0 / moves.shape[-1]))
+        return r, kernels
+
+
+def bonuses(
+    counts: Counts, factored: bool, episodes: int, delta: float, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """(beta^r in the shape of r; beta^P of each component [..., H, S, A]), both times `scale`.
+
+    beta^r = sqrt(4 log(S A B H K / delta) / N), S the number of joint states;
+    beta^P = sqrt(2 H^2 S_c log(2 S_c A_c H K / delta) / N_c) of each component c.
+    """
+    shape = counts.visits.shape
+    H = shape[-5] if factored else shape[-4]
+    joint = math.prod(shape[-4:] if factored else shape[-3:])
+    reward = (4 * math.log(joint * H * episodes / delta) / counts.visits.clamp_min(1.0)).sqrt()
+    moving = []
+    for moves in counts.moves:
+        S, A = moves.shape[-3], moves.shape[-2]
+        log = math.log(2 * S * A * H * episodes / delta)
+        moving.append((2 * H**2 * S * log / moves.sum(-1).clamp_min(1.0)).sqrt())
+    return scale * reward, [scale * beta for beta in moving]
+
+
+# Backward recursions and gains -----------------------------------------------------------------------------------
+
+
+def evaluate_factored(
+    r: Tensor, P1: Tensor, P2: Tensor, mu: Tensor, nu: Tensor, bonus: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(Q [..., H, S1, S2, A, B], V_0 [..., S1, S2]) with Q_h = clip(r + (P1 x P2) V_{h+1} + bonus, 0, H - h).
+
+    bonus, negative for the lower estimate, has the shape of Q.  One factor is contracted at a time: the product kernel is
+    never made.
+    """
+    H = r.shape[-5]
+    V = torch.zeros_like(r[..., 0, :, :, 0, 0])
+    Q = []
+    for h in reversed(range(H)):
+        half = torch.einsum("...iak,...kl->...ial", P1[..., h, :, :, :], V)
+        ahead = torch.einsum("...jbl,...ial->...ijab", P2[..., h, :, :, :], half)
+        q = (r[..., h, :, :, :, :] + ahead + bonus[..., h, :, :, :, :]).clamp(0.0, H - h)
+        V = torch.einsum("...ia,...ijab,...jb->...ij", mu[..., h, :, :], q, nu[..., h, :, :])
+        Q.append(q)
+    return torch.stack(Q[::-1], -5), V
+
+
+def evaluate_controlled(r: Tensor, P: Tensor, mu: Tensor, nu: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q [..., H, S, A, B], V_0 [..., S]) with Q_h = clip(r + P V_{h+1} + bonus, 0, H - h); bonus in the shape of r."""
+    H = r.shape[-4]
+    V = torch.zeros_like(r[..., 0, :, 0, 0])
+    Q = []
+    for h in reversed(range(H)):
+        ahead = torch.einsum("...sat,...t->...sa", P[..., h, :, :, :], V)
+        q = (r[..., h, :, :, :] + ahead.unsqueeze(-1) + bonus[..., h, :, :, :]).clamp(0.0, H - h)
+        V = torch.einsum("...sa,...sab,...sb->...s", mu[..., h, :, :], q, nu[..., h, :, :])
+        Q.append(q)
+    return torch.stack(Q[::-1], -4), V
+
+
+def gains(
+    counts: Counts,
+    mu: Tensor,
+    nu: Tensor,
+    start: Any,
+    *,
+    factored: bool,
+    episodes: int,
+    delta: float,
+    scale: float,
+    weigh: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What both players' log-policies are moved along, from the pair of one episode.
+
+    Returns (gain of player 1 [..., H, S, A], loss of player 2 [..., H, S, B], lower and upper estimate of the value at the
+    start).  Setting I weighs by the reach of the opponent's component, for both; setting II by that of the state, for player 2
+    alone, whose part needs no dynamic programming.  `weigh=False` replaces the reach by a constant (ablation).
+    """
+    r, kernels = counts.model()
+    reward, moving = bonuses(counts, factored, episodes, delta, scale)
+    if factored:
+        bonus = reward + moving[0][..., :, :, None, :, None] + moving[1][..., :, None, :, None, :]
+        P1, P2 = kernels
+        upper, V_up = evaluate_factored(r, P1, P2, mu, nu, bonus)
+        lower, V_low = evaluate_factored(r, P1, P2, mu, nu, -bonus)
+        d1, d2 = exact.reach(P1, mu, start[0]), exact.reach(P2, nu, start[1])
+        if not weigh:
+            d1, d2 = torch.full_like(d1, 1 / d1.shape[-1]), torch.full_like(d2, 1 / d2.shape[-1])
+        first = torch.einsum("...hj,...hijab,...hjb->...hia", d2, upper, nu)
+        second = torch.einsum("...hi,...hijab,...hia->...hjb", d1, lower, mu)
+        return first, second, V_low[..., start[0], start[1]], V_up[..., start[0], start[1]]
+    (P,) = kernels
+    upper, V_up = evaluate_controlled(r, P, mu, nu, reward + moving[0].unsqueeze(-1))
+    first = torch.einsum("...hsab,...hsb->...hsa", upper, nu)
+    d = exact.reach(P, mu, start)
+    weight = d if weigh else torch.ones_like(d)
+    low = (r - reward).clamp_min(0.0)
+    second = torch.einsum("...hs,...hsab,...hsa->...hsb", weight, low, mu)
+    V_low = torch.einsum("...hs,...hsab,...hsa,...hsb->...", d, low, mu, nu)
+    return first, second, V_low, V_up[..., start]
+
+
+def mirror_step(policy: Tensor, gain: Tensor, step: float) -> Tensor:
+    """policy exp(step gain), normalised over the last axis."""
+    return (policy.clamp_min(1e-300).log() + step * gain).softmax(-1)
+
+
+def step_sizes(game: Game, episodes: float, eta_mult: float, gamma_mult: float) -> tuple[float, float]:
+    """(eta, gamma): sqrt(log A / (K H^2)) for both in I; in II gamma = sqrt(S log B / K)."""
+    if isinstance(game, FactoredGame):
+        H, A, B = game.P1.shape[-4], game.P1.shape[-2], game.P2.shape[-2]
+        return tuple(  # type: ignore[return-value]
+            m * math.sqrt(math.log(n) / episodes) / H for m, n in ((eta_mult, A), (gamma_mult, B))
+        )
+    H, S, A, B = game.r.shape[-4:]
+    eta = eta_mult * math.sqrt(math.log(A) / episodes) / H
+    return eta, gamma_mult * math.sqrt(S * math.log(B) / episodes)
+
+
+# Play and bookkeeping ------------------------------------------------------------------------------------------
+
+
+def pick(p: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF draws: p [N, n], u [N] in [0, 1) -> [N]."""
+    return (p.cumsum(-1) <= u.unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
+
+
+def play_episode(game: Game, mu: Tensor, nu: Tensor, u: Tensor, counts: Counts) -> Tensor:
+    """One episode of every instance with Bernoulli rewards, added to `counts` in place; returns the total rewards [N].
+
+    u [N, H, 5] uniform: draws of a, b, reward and the moves.
+    """
+    n, H = u.shape[0], u.shape[1]
+    rows = torch.arange(n)
+    total = torch.zeros(n, dtype=torch.float64)
+    if isinstance(game, FactoredGame):
+        i, j = (torch.full((n,), s) for s in game.start)
+    else:
+        i = torch.full((n,), game.start)
+        j = i
+    for h in range(H):
+        a = pick(mu[rows, h, i], u[:, h, 0])
+        b = pick(nu[rows, h, j], u[:, h, 1])
+        where = (rows, h, i, j, a, b) if isinstance(game, FactoredGame) else (rows, h, i, a, b)
+        reward = (u[:, h, 2] < game.r[where]).double()
+        total += reward
+        counts.visits[where] += 1.0
+        counts.rewards[where] += reward
+        if isinstance(game, FactoredGame):
+            new_i = pick(game.P1[rows, h, i, a], u[:, h, 3])
+            new_j = pick(game.P2[rows, h, j, b], u[:, h, 4])
+            counts.moves[1][rows, h, j, b, new_j] += 1.0
+            counts.moves[0][rows, h, i, a, new_i] += 1.0
+            i, j = new_i, new_j
+        else:
+            new_i = pick(game.P[rows, h, i, a], u[:, h, 3])
+            counts.moves[0][rows, h, i, a, new_i] += 1.0
+            i = j = new_i
+    return total
+
+
+def best_reply(game: SingleControllerGame, mu: Tensor) -> Tensor:
+    """The myopic reply nu [..., H, S, B] of player 2 to mu in a single-controller game: she does not move the state."""
+    loss = torch.einsum("...hsab,...hsa->...hsb", game.r, mu)
+    return torch.nn.functional.one_hot(loss.argmin(-1), loss.shape[-1]).double()
+
+
+class Play:
+    """Both players in N instances: policies, counts, averages and hindsight.
+
+    adversary  player 2 answers mu of the episode before with a best reply in place of learning (setting II)
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        *,
+        episodes: int | None,
+        eta_mult: float = 4.0,
+        gamma_mult: float | None = None,
+        bonus_scale: float = 0.02,
+        delta: float = 0.1,
+        schedule: str = "fixed_K",
+        policy_feedback: str = "observed",
+        weigh: bool = True,
+        adversary: bool = False,
+    ) -> None:
+        self.game, self.K, self.eta_mult = game, episodes, eta_mult
+        self.factored = isinstance(game, FactoredGame)
+        self.gamma_mult = gamma_mult if gamma_mult is not None else (4.0 if self.factored else 1.0)
+        self.scale, self.delta, self.schedule = bonus_scale, delta, schedule
+        self.feedback, self.weigh, self.adversary = policy_feedback, weigh, adversary
+        self.counts = Counts.of(game)
+        if isinstance(game, FactoredGame):
+            shapes = [game.P1.shape[:-1], game.P2.shape[:-1]]
+        else:
+            shapes = [game.P.shape[:-1], game.r[..., 0, :].shape]
+        self.mu, self.nu = (torch.full(tuple(s), 1.0 / s[-1], dtype=torch.float64) for s in shapes)
+        self.k = 0
+        self.sum_mu, self.sum_nu = torch.zeros_like(self.mu), torch.zeros_like(self.nu)
+        self.sum_first, self.sum_second = torch.zeros_like(self.mu), torch.zeros_like(self.nu)
+        self.sum_value = torch.zeros(self.mu.shape[0], dtype=torch.float64)
+        self.bounds = torch.zeros(2, self.mu.shape[0], dtype=torch.float64)
+
+    def episode(self, u: Tensor) -> Tensor:
+        """Plays, records, updates both players from the same pair; returns the rewards of the episode [N]."""
+        game, mu, nu = self.game, self.mu, self.nu
+        self._record(mu, nu)
+        total = play_episode(game, mu, nu, u, self.counts)
+        self.k += 1
+        K = self._horizon()
+        seen_nu, seen_mu = (nu, mu) if self.feedback == "observed" else self._estimated()
+        common: dict[str, Any] = {
+            "factored": self.factored,
+            "episodes": K,
+            "delta": self.delta,
+            "scale": self.scale,
+            "weigh": self.weigh,
+        }
+        first, second, low, high = gains(self.counts, mu, seen_nu, game.start, **common)
+        if self.feedback == "estimated":
+            _, second, low, _ = gains(self.counts, seen_mu, nu, game.start, **common)
+        self.bounds = torch.stack([low, high])
+        eta, gamma = step_sizes(game, K, self.eta_mult, self.gamma_mult)
+        self.mu = mirror_step(mu, first, eta)
+        if self.adversary:
+            assert isinstance(game, SingleControllerGame)
+            self.nu = best_reply(game, mu)
+        else:
+            self.nu = mirror_step(nu, second, -gamma)
+        if self.schedule == "doubling" and (self.k + 1) & self.k == 0:
+            self.mu, self.nu = (torch.full_like(p, 1.0 / p.shape[-1]) for p in (mu, nu))
+        return total
+
+    def _horizon(self) -> int:
+        """K of the step sizes and bonuses: known, the end of the present epoch of 2^j episodes, or the present episode."""
+        if self.schedule == "fixed_K":
+            if self.K is None:
+                raise ConfigError("schedule='fixed_K' needs the number of episodes: set episodes")
+            return self.K
+        return 2 ** int(math.log2(self.k + 1)) if self.schedule == "doubling" else self.k
+
+    def _estimated(self) -> tuple[Tensor, Tensor]:
+        """Empirical policies (nu, mu) from the counts of actions; uniform where nothing was seen."""
+        visits = self.counts.visits
+        if self.factored:
+            tables = visits.sum((-4, -2)), visits.sum((-3, -1))
+        else:
+            tables = visits.sum(-2), visits.sum(-1)
+        found = []
+        for table in tables:
+            total = table.sum(-1, keepdim=True)
+            found.append(torch.where(total > 0, table / total.clamp_min(1.0), 1.0 / table.shape[-1]))
+        return found[0], found[1]
+
+    def _record(self, mu: Tensor, nu: Tensor) -> None:
+        game = self.game
+        first, second = exact.effective(game, mu, nu)
+        self.sum_first += first
+        self.sum_second += second
+        if isinstance(game, FactoredGame):
+            d1, d2 = exact.reach(game.P1, mu, game.start[0]), exact.reach(game.P2, nu, game.start[1])
+            self.sum_value += torch.einsum("nhia,nhi,nhia->n", first, d1, mu)
+            self.sum_mu += d1.unsqueeze(-1) * mu
+            self.sum_nu += d2.unsqueeze(-1) * nu
+        else:
+            d = exact.reach(game.P, mu, game.start)
+            self.sum_value += torch.einsum("nhsb,nhsb->n", second, nu)
+            self.sum_mu += d.unsqueeze(-1) * mu
+            self.sum_nu += nu
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """The averaged pair: weighted by occupancy where the player moves a state, plain for player 2 of a single controller.
+
+        Its value is the mean of the values of the episodes, against anybody.  Uniform where no episode comes.
+        """
+        found = []
+        for total in (self.sum_mu, self.sum_nu):
+            mass = total.sum(-1, keepdim=True)
+            found.append(torch.where(mass > 0, total / mass.clamp_min(1e-300), 1.0 / total.shape[-1]))
+        return found[0], found[1]
+
+    def regrets(self) -> tuple[Tensor, Tensor]:
+        """(Reg_1, Reg_2) against the best fixed policies in hindsight, each [N]."""
+        upper, lower = exact.best_values(self.game, self.sum_first, self.sum_second)
+        return upper - self.sum_value, self.sum_value - lower
+
+    _KEPT = ("mu", "nu", "k", "sum_mu", "sum_nu", "sum_first", "sum_second", "sum_value", "bounds")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the future depends on."""
+        kept = {name: getattr(self, name) for name in self._KEPT}
+        counts = [self.counts.visits, self.counts.rewards, *self.counts.moves]
+        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
+        return copied | {"counts": [x.clone() for x in counts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        for name in self._KEPT:
+            value = state[name]
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+        visits, rewards, *moves = (x.clone() for x in state["counts"])
+        self.counts = Counts(visits, rewards, moves)
+
+
+def check_structure(game: Game, visits: Tensor, joint_moves: Tensor, threshold: float = 0.05) -> None:
+    """Raises DataError where logged transitions contradict the declared kernel (setting II: a dependence on b).
+
+    visits [H, S, A, B] and joint_moves [H, S, A, B, S] are counts.  For every (h, s, a, b), the total variation between the
+    kernel given b and the pooled one is compared with `threshold` plus twice its sampling error sqrt(S / N).
+    """
+    pooled = joint_moves.sum(-2) / visits.sum(-1, keepdim=True).clamp_min(1.0)
+    own = joint_moves / visits.unsqueeze(-1).clamp_min(1.0)
+    distance = 0.5 * (own - pooled.unsqueeze(-2)).abs().sum(-1)
+    slack = threshold + 2 * (joint_moves.shape[-1] / visits.clamp_min(1.0)).sqrt()
+    excess = torch.where(visits > 0, distance - slack, -1.0)
+    if bool((excess > 0).any()):
+        index = np.unravel_index(int(excess.argmax()), excess.shape)
+        h, s, a, b = (int(x) for x in index)
+        raise DataError(
+            f"transitions depend on player 2's action: at h={h}, s={s}, a={a}, b={b} the next state differs from the pooled"
+            f" law by {float(distance[index]):.2f} in total variation; this is no single-controller game"
+        )
+
+
+# Config, module, learner, algorithm -------------------------------------------------------------------------------
+
+
+class FictitiousPlayPOConfig(MethodConfig):
+    """Two players learn a zero-sum Markov game by optimistic mirror steps (Qiu et al., ICML 2021, arXiv 2207.12463)."""
+
+    citation = """@inproceedings{qiu2021provably,
+  title={Provably Efficient Fictitious Play Policy Optimization for Zero-Sum Markov Games with Structured Transitions},
+  author={Qiu, Shuang and Wei, Xiaohan and Ye, Jieping and Wang, Zhaoran and Yang, Zhuoran},
+  booktitle={International Conference on Machine Learning},
+  year={2021}
+}"""
+    when = (
+        "Use it for two players with opposite interests in a small unknown game where each moves a state of her own, or one"
+        " alone moves the state: patrol and inspection, attack and defence on separate systems. It is decentralised, cheap (one"
+        " backward pass an episode) and solves no matrix games; the averaged pair is what converges, the last one may cycle."
+        " Where both players move one state together the guarantee is lost. The theory's bonuses (`bonus_scale` 1) are far too"
+        " large below millions of episodes."
+    )
+    needs_env = False
+    default_stop = {"progress": 1.0}
+    headline = ("duality_gap", "duality gap of the averaged pair")
+    rejected = {
+        "gamma": "the game has a finite horizon without discount (the step of player 2 is gamma_mult)",
+        "lr": "the steps are eta_mult and gamma_mult times the theory's",
+    }
+
+    game = hyperparameter(
+        "random_factored",
+        None,
+        "the game (its structure is the setting)",
+        choices=["random_factored", "random_single_controller", "patrol"],
+    )
+    instance = hyperparameter(0, None, "seed of the game", low=0)
+    episodes = hyperparameter(2000, None, "K: episodes of the run", low=2)
+    eta_mult = hyperparameter(
+        4.0, tune.loguniform(0.5, 16), "multiple of the theory's step of player 1", low=0.0
+    )
+    gamma_mult = hyperparameter(
+        None,
+        tune.loguniform(0.25, 8),
+        "multiple of the theory's step of player 2 (default: 4 factored, 1 single controller)",
+        low=0.0,
+    )
+    bonus_scale = hyperparameter(
+        0.02, tune.loguniform(1e-3, 1), "multiple of the theory's bonuses; 0: no bonus", low=0.0
+    )
+    delta = hyperparameter(0.1, None, "confidence of the bonuses", low=1e-12, high=1.0)
+    schedule = hyperparameter(
+        "fixed_K",
+        tune.choice(["fixed_K", "doubling", "anytime"]),
+        "steps for a known K, in epochs of 2^j episodes with restart, or falling as k^(-1/2)",
+        choices=["fixed_K", "doubling", "anytime"],
+    )
+    policy_feedback = hyperparameter(
+        "observed",
+        tune.choice(["observed", "estimated"]),
+        "whether the opponent's policy is told after an episode, or estimated from counts of actions",
+        choices=["observed", "estimated"],
+    )
+    weigh = hyperparameter(
+        True, None, "weigh the steps by the probability of reaching a state (False: ablation)"
+    )
+    mixture = hyperparameter("average", None, "the pair that is exported", choices=["average", "last"])
+    report_every = hyperparameter(50, None, "episodes of a training iteration (of reports)", low=1)
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class)
+        self._set_spaces()
+
+    def training(self, **kwargs: Any) -> Any:
+        super().training(**kwargs)
+        if "game" in kwargs:
+            self._set_spaces()
+        return self
+
+    def _set_spaces(self) -> None:
+        H, S, A = self._sizes()
+        self.environment(
+            observation_space=spaces.Box(np.zeros(3), np.array([1.0, H - 1.0, S - 1.0]), dtype=np.float64),
+            action_space=spaces.Discrete(A),
+        )
+
+    def _sizes(self) -> tuple[int, int, int]:
+        game = tabular.make_game(self.game, self.instance)
+        if isinstance(game, FactoredGame):
+            H, S1, S2, A, B = game.r.shape
+            return H, max(S1, S2), max(A, B)
+        H, S, A, B = game.r.shape
+        return H, S, max(A, B)
+
+    def get_default_learner_class(self) -> Any:
+        return FictitiousPlayLearner
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        H, S, A = self._sizes()
+        return RLModuleSpec(
+            module_class=FictitiousPlayModule, model_config={"steps": H, "states": S, "actions": A}
+        )
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return {}
+
+
+class FictitiousPlayModule(TensorModule):
+    """Both players' policies in tables: observation [role, h, own state], role 0 for player 1 and 1 for player 2.
+
+    policy [2, H, S, A]; actions that a player does not have get probability 0.  value_bounds [2]: lower and upper estimate of
+    the game's value.
+    """
+
+    policy: Tensor
+    value_bounds: Tensor
+
+    def setup(self) -> None:
+        c: dict[str, int] = dict(self.model_config)
+        shape = (2, c["steps"], c["states"], c["actions"])
+        self.register_buffer("policy", torch.full(shape, 1.0 / c["actions"], dtype=torch.float64))
+        self.register_buffer("value_bounds", torch.zeros(2, dtype=torch.float64))
+
+    def _probabilities(self, obs: Tensor) -> Tensor:
+        role, h, state = obs.long().unbind(-1)
+        found: Tensor = self.policy[role, h, state]
+        return found
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        p = self._probabilities(batch[Columns.OBS])
+        return {Columns.ACTION_DIST_INPUTS: p.clamp_min(1e-30).log().float()}
+
+    def served(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """probabilities [B, A] and value_bounds [B, 2]."""
+        obs = batch[Columns.OBS]
+        return {
+            "probabilities": self._probabilities(obs),
+            "value_bounds": self.value_bounds.expand(len(obs), 2),
+        }
+
+
+class FictitiousPlayLearner(Learner):
+    """Holds the policies; the steps are the algorithm's own."""
+
+    @torch.no_grad()
+    def learn(self, batch: Any) -> None:
+        self.rl_module.policy.copy_(batch["policy"])
+        self.rl_module.value_bounds.copy_(batch["value_bounds"])
+
+
+class FictitiousPlayPO(Method, config=FictitiousPlayPOConfig):
+    """Optimistic fictitious-play policy optimisation."""
+
+    config: FictitiousPlayPOConfig
+
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        knobs = self.config.knobs()
+        game = tabular.make_game(knobs.pop("game"), knobs.pop("instance"))
+        for name in ("mixture", "report_every"):
+            knobs.pop(name)
+        self.play = Play(tabular.stack([game]), **knobs)
+        self.generator = torch.Generator()
+        self.generator.manual_seed(torch.seed() if self.config.seed is None else int(self.config.seed))
+
+    def training_step(self) -> None:
+        play, H = self.play, self.play.mu.shape[1]
+        left = self.config.episodes - play.k
+        total = 0.0
+        count = min(self.config.report_every, left)
+        for _ in range(count):
+            total += float(play.episode(torch.rand(1, H, 5, dtype=torch.float64, generator=self.generator)))
+        pair = play.averages() if self.config.mixture == "average" else (play.mu, play.nu)
+        policy = torch.zeros_like(self.rl_module.policy)
+        for role, table in enumerate(pair):
+            policy[role, :, : table.shape[-2], : table.shape[-1]] = table[0]
+        self.learn({"policy": policy, "value_bounds": play.bounds[:, 0]})
+        first, second = play.regrets()
+        gap, upper, lower = exact.gap(play.game, *play.averages())
+        for name, value in {
+            "progress": play.k / self.config.episodes,
+            "regret_1": float(first),
+            "regret_2": float(second),
+            "duality_gap": float(gap),
+            "value_upper": float(upper),
+            "value_lower": float(lower),
+            "reward": total / max(count, 1),
+        }.items():
+            self.metrics.log_value(name, value, window=1)
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        own = {"play": self.play.state_dict(), "generator": self.generator.get_state()}
+        return {**super().get_state(*args, **kwargs), "fictitious_play": own}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if "fictitious_play" in state:
+            self.play.load_state_dict(state["fictitious_play"]["play"])
+            self.generator.set_state(state["fictitious_play"]["generator"])
+
+    @classmethod
+    def experiment(cls) -> Any:
+        from mobula.algorithms.games.fictitious_play_experiment import experiment
+
+        return experiment()
+
+
+def uniforms(seeds: Sequence[int], episodes: int, steps: int) -> Tensor:
+    """[N, episodes, steps, 5] uniform draws, one stream a seed (apart from that of its game)."""
+    return torch.tensor(
+        np.stack([np.random.default_rng([seed, 1]).random((episodes, steps, 5)) for seed in seeds])
+    )
