@@ -144,3 +144,32 @@ def test_bad_games_are_named() -> None:
         tabular.checked(SingleControllerGame(game.P, r))
     with pytest.raises(ConfigError, match="it is one of random_factored"):
         tabular.make_game("chess", 0)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_the_pettingzoo_view(game: tabular.Game) -> None:
+    from pettingzoo.test import parallel_api_test
+
+    from mobula.envs.games.pettingzoo import MarkovGameParallelEnv
+
+    env = MarkovGameParallelEnv(game)
+    parallel_api_test(env, num_cycles=50)
+    mu, nu = policies(game)
+    rng, returns = np.random.default_rng(0), []
+    env.reset(seed=1)
+    for _ in range(1500):
+        obs, _ = env.reset()
+        total = 0.0
+        while env.agents:
+            actions = {
+                agent: rng.choice(table.shape[-1], p=table[obs[agent][0], obs[agent][1]].numpy())
+                for agent, table in (("player_0", mu), ("player_1", nu))
+            }
+            obs, rewards, _, truncated, infos = env.step(actions)
+            assert rewards["player_0"] == -rewards["player_1"]
+            total += rewards["player_0"]
+        assert all(truncated.values())
+        assert infos["player_0"]["step"] == game.r.shape[0]
+        returns.append(total)
+    error = 4 * float(np.std(returns)) / len(returns) ** 0.5
+    assert float(exact.value(game, mu, nu)) == pytest.approx(np.mean(returns), abs=error)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mobula.algorithms.games import fictitious_play_po as fp
+from mobula.algorithms.games.baselines.nash_vi import NashVI, nash_value_iteration
 from mobula.algorithms.games.fictitious_play_po import (
     Counts,
     FictitiousPlayPO,
@@ -211,6 +212,22 @@ def test_the_structure_of_logged_transitions_is_checked() -> None:
     P[1, 2, 0, 0] = torch.tensor([0.0, 0.0, 1.0])
     with pytest.raises(DataError, match=r"at h=1, s=2, a=0, b=\d the next state differs"):
         fp.check_structure(tabular.patrol(), visits, visits.unsqueeze(-1) * P)
+
+
+def test_nash_value_iteration_solves_a_known_game_and_learns_an_unknown_one() -> None:
+    games = [tabular.random_single_controller(seed) for seed in range(3)]
+    game = tabular.stack(games)
+    mu, nu, low, high = nash_value_iteration(game.r, game[0], torch.zeros_like(game.r))
+    torch.testing.assert_close(low, high)
+    assert float(exact.gap(game, mu, nu)[0].abs().max()) < 1e-9
+    for i, one in enumerate(games):
+        assert float(low[i, 0]) == pytest.approx(exact.equilibrium_value(one), abs=1e-8)
+    play = NashVI(game, episodes=200)
+    uniform = exact.gap(game, play.mu, play.nu)[0]
+    u = fp.uniforms(range(3), 200, 3)
+    for k in range(200):
+        play.episode(u[:, k])
+    assert float(exact.gap(game, *play.averages())[0].mean()) < 0.9 * float(uniform.mean())
 
 
 # Through RLlib --------------------------------------------------------------------------------------------------
