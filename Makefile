@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train mac on its grid-world, with a progress bar, a table and a figure"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop"
+	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop; mean fields beside MFGLib"
 	@echo "make docs   the site, into site/"
 	@echo "make setup  the environment in $(VENV), from constraints.txt (the others call it when needed)"
 
@@ -41,6 +41,8 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers 'mfglib==0.3.0' 'osqp<1' 'optuna<4' qdldl
+	PYTHONPATH=build/peers $(BIN)/python -m benchmarks.meanfield
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
