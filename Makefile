@@ -10,7 +10,9 @@ help:
 	@echo "make demo   train mac on its grid-world, with a progress bar, a table and a figure"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop; mean fields beside MFGLib"
+	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop; mean fields beside MFGLib;"
+	@echo "            offline steps beside d3rlpy, trading beside NumPy, congestion games beside their double loop, scaling over env runners,"
+	@echo "            the service beside a bare Serve deployment"
 	@echo "make docs   the site, into site/"
 	@echo "make setup  the environment in $(VENV), from constraints.txt (the others call it when needed)"
 
@@ -43,6 +45,13 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers 'mfglib==0.3.0' 'osqp<1' 'optuna<4' qdldl
 	PYTHONPATH=build/peers $(BIN)/python -m benchmarks.meanfield
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers-offline d3rlpy structlog colorama dataclasses-json \
+		marshmallow typing-inspect mypy-extensions gym gym-notices
+	PYTHONPATH=build/peers-offline $(BIN)/python -m benchmarks.offline
+	$(BIN)/python -m benchmarks.finance
+	$(BIN)/python -m benchmarks.congestion
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.serve
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

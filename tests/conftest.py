@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["SDL_VIDEODRIVER"] = "dummy"
+# A busy machine takes longer than half a minute to start a Ray node.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mobula.artifact import Policy as Policy
     from mobula.artifact import export_policy as export_policy
     from mobula.artifact import load_policy as load_policy
+    from mobula.evaluation import evaluate_policy as evaluate
     from mobula.experiment import reproduce as reproduce
+    from mobula.policy import Policy as Policy
     from mobula.registry import envs as envs
     from mobula.registry import make_env as make_env
     from mobula.registry import methods as methods
-    from mobula.running import evaluate_policy as evaluate
     from mobula.running import train as train
 
 _PLACES = {
-    "Policy": "artifact",
+    "Policy": "policy",
     "export_policy": "artifact",
     "load_policy": "artifact",
     "reproduce": "experiment",
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "evaluate":
-        return import_module("mobula.running").evaluate_policy
+        return import_module("mobula.evaluation").evaluate_policy
     if name in _PLACES:
         return getattr(import_module(f"mobula.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'mobula' has no attribute {name!r}")

@@ -58,7 +58,7 @@ def _cluster() -> tuple[str, bool, str]:
     if not address:
         return "cluster", True, "RAY_ADDRESS is not set: runs start a Ray of their own"
     from mobula.errors import ClusterError
-    from mobula.running import start_ray
+    from mobula.joining import start_ray
 
     try:
         start_ray(address)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 import numbers
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -44,16 +46,23 @@ from ray.rllib.utils.metrics import (
     TIMERS,
     WEIGHTS_SEQ_NO,
 )
-from ray.tune.registry import register_trainable
+from ray.tune.registry import _has_trainable, register_trainable
 
 from mobula.errors import ArtifactError, ClusterError, ConfigError, MobulaError, nearest
 from mobula.learning.learners import Batch
+from mobula.metrics import Meter
 from mobula.sampling.rollout import Rollout
 from mobula.sampling.runner import TensorEnvRunner
 
 if TYPE_CHECKING:
     from mobula.experiment import Experiment
     from mobula.sampling.tensor_env import TensorEnv
+
+
+logger = logging.getLogger("mobula")
+
+PROBE_SECONDS = 10.0
+"""Time between attempts to take env runners back that have died."""
 
 
 class Hyperparameter:
@@ -69,9 +78,10 @@ class Hyperparameter:
         low: float | None,
         high: float | None,
         choices: Sequence[Any] | None,
+        words: Sequence[str] = (),
     ) -> None:
         self.default, self.space, self.help = default, space, help
-        self.low, self.high, self.choices = low, high, choices
+        self.low, self.high, self.choices, self.words = low, high, choices, tuple(words)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -81,11 +91,14 @@ class Hyperparameter:
         """The allowed values in words, "" where anything goes."""
         if self.choices is not None:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        parts = [repr(word) for word in self.words]
         if self.low is not None and self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
-        if self.low is not None:
-            return f"at least {self.low:g}"
-        return f"at most {self.high:g}" if self.high is not None else ""
+            parts.insert(0, f"{self.low:g} to {self.high:g}")
+        elif self.low is not None:
+            parts.insert(0, f"at least {self.low:g}")
+        elif self.high is not None:
+            parts.insert(0, f"at most {self.high:g}")
+        return " or ".join(parts)
 
     def check(self, value: Any, where: str) -> Any:
         """`value` as the config stores it.  Raises ConfigError where it is of the wrong type or out of range."""
@@ -93,6 +106,8 @@ class Hyperparameter:
         if self.choices is not None:
             if value not in self.choices:
                 raise ConfigError(f"{where}: {self.name} is {value!r}{allowed}")
+            return value
+        if isinstance(value, str) and value in self.words:
             return value
         if value is None:
             if self.default is None:
@@ -134,6 +149,7 @@ def hyperparameter(
     low: float | None = None,
     high: float | None = None,
     choices: Sequence[Any] | None = None,
+    words: Sequence[str] = (),
 ) -> Any:
     """Declares a knob of a method, in the body of its config class; the one place where it is described.
 
@@ -141,8 +157,9 @@ def hyperparameter(
     space    Ray Tune search space (`tune.loguniform(...)`), or None if it is not searched over
     help     meaning, one line; shown by --help and in the docs
     low, high, choices  allowed values, inclusive
+    words    words that are allowed beside numbers ("auto")
     """
-    return Hyperparameter(default, space, help, low, high, choices)
+    return Hyperparameter(default, space, help, low, high, choices, words)
 
 
 class MethodConfig(AlgorithmConfig):
@@ -156,6 +173,7 @@ class MethodConfig(AlgorithmConfig):
     when           when to use the method and when not (a paragraph of Markdown, shown in the docs)
     default_env    registered environment of a fresh config, where the method has a natural one
     headline       (metric, label) of a run's progress and figure, for methods that are not judged by return or reward
+    headline_mode  whether a search wants that metric small ("min") or large ("max")
     default_stop   where a run ends if nothing is said (names as in `mobula.running.STOP_NAMES`)
     """
 
@@ -165,6 +183,7 @@ class MethodConfig(AlgorithmConfig):
     when: ClassVar[str] = ""
     default_env: ClassVar[str | None] = None
     headline: ClassVar[tuple[str, str] | None] = None
+    headline_mode: ClassVar[str] = "min"
     default_stop: ClassVar[Mapping[str, float]] = {"iterations": 50}
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -177,7 +196,8 @@ class MethodConfig(AlgorithmConfig):
         if self.default_env is not None:
             self.environment(self.default_env)
         self.evaluation(evaluation_duration=10, evaluation_config={"explore": False})
-        self.fault_tolerance(restart_failed_env_runners=True)
+        # A probe waits for actors that are not there yet; while some are, training goes on without the others.
+        self.fault_tolerance(restart_failed_env_runners=True, env_runner_health_probe_timeout_s=2.0)
         for name, knob in self.hyperparameters().items():
             value = knob.default
             setattr(self, name, list(value) if isinstance(value, list | tuple) else value)
@@ -189,8 +209,8 @@ class MethodConfig(AlgorithmConfig):
         Not when the class is made: Ray ships a class by value while the module that defines it is still being read.
         """
         algorithm = _ALGORITHMS.get(cls)
-        if algorithm is not None and cls not in _REGISTERED:
-            _REGISTERED.add(cls)
+        # Asked of Tune each time: what it knows ends with the Ray that it was told to.
+        if algorithm is not None and not _has_trainable(algorithm.__name__):
             register_trainable(algorithm.__name__, algorithm)
         return algorithm
 
@@ -273,7 +293,6 @@ class MethodConfig(AlgorithmConfig):
 # it ships, and would go round a cycle for ever.
 _ALGORITHMS: dict[type[MethodConfig], type[Method]] = {}
 
-_REGISTERED: set[type[MethodConfig]] = set()
 
 _TRANSLATED = frozenset({"multiagent", "callbacks", "num_workers", "lambda", "class", "num_gpus"})
 """Keys of RLlib's dictionaries that are no attributes."""
@@ -316,7 +335,27 @@ class Method(Algorithm):
 
     def setup(self, config: Any) -> None:
         self._weights: Any = None
+        self._probed = -math.inf
+        self.meter = Meter(self)
         super().setup(config)
+
+    def step(self) -> Any:
+        """RLlib's iteration; its result has the mean reward a step too, which tasks without episodes are judged by."""
+        with self.meter:
+            result = super().step()
+        found = result.get(ENV_RUNNER_RESULTS, {})
+        if found.get("num_env_steps_sampled") and "reward_sum" in found:
+            found["reward_per_step"] = found["reward_sum"] / found["num_env_steps_sampled"]
+        self.meter.record(result)
+        return result
+
+    def cleanup(self) -> None:
+        self.meter.close()
+        super().cleanup()
+
+    def figures(self, folder: Path) -> list[str]:
+        """Figures of the method's own, written into `folder` at the end of a run; returns their names."""
+        return []
 
     # Sampling --------------------------------------------------------------------------------------------
 
@@ -340,16 +379,17 @@ class Method(Algorithm):
             each = [num_timesteps] * max(remote, 1)
         if len(each) != max(remote, 1):
             raise ValueError(f"num_timesteps has {len(each)} entries for {max(remote, 1)} env runners")
-        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+        with self.meter.timed("sampling"), self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
             if remote == 0:
                 runner = cast(TensorEnvRunner, group.local_env_runner)
                 self._copy_weights_to(runner)
                 results = [runner.sample_and_report(report=report, num_timesteps=each[0], **kwargs)]
             else:
                 results = self._sample_remotely(group, each, {"report": report, **kwargs})
+        self.meter.sampled(results)
         if report:
-            self.metrics.aggregate([metrics for _, metrics in results], key=ENV_RUNNER_RESULTS)
-        return [sample for samples, _ in results for sample in samples]
+            self.metrics.aggregate([metrics for *_, metrics in results], key=ENV_RUNNER_RESULTS)
+        return [sample for _, samples, _ in results for sample in samples]
 
     def _sample_remotely(
         self, group: EnvRunnerGroup, each: list[int | None], kwargs: dict[str, Any]
@@ -359,10 +399,11 @@ class Method(Algorithm):
                 components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
             )[COMPONENT_LEARNER]
             self._weights = ray.put({name: state[name] for name in (COMPONENT_RL_MODULE, WEIGHTS_SEQ_NO)})
-        for _ in range(3):
+        deadline = time.monotonic() + 3 * self.config.sample_timeout_s
+        while time.monotonic() < deadline:
             ids = group.healthy_env_runner_ids()
             calls = [{"weights": self._weights, "num_timesteps": each[i - 1], **kwargs} for i in ids]
-            results = (
+            found = (
                 group.foreach_env_runner(
                     "sample_and_report",
                     kwargs=calls,
@@ -373,17 +414,44 @@ class Method(Algorithm):
                 if ids
                 else []
             )
-            for samples, _ in results:
+            self._restart_stalled(group, set(ids) - {index for index, _, _ in found})
+            for _, samples, _ in found:
                 if samples and isinstance(samples[0], MobulaError):
                     raise samples[0]
-            if results:
-                return results
+            if found:
+                return found
             # All of them died or stalled: Ray restarts the actors; take those that answer again.
+            self._probed = -math.inf
             self.restore_env_runners(group)
         raise ClusterError(
             f"none of {group.num_remote_env_runners()} env runners returned a sample within"
-            f" {self.config.sample_timeout_s:g} s, three times over; see the Ray logs, or raise sample_timeout_s"
+            f" {3 * self.config.sample_timeout_s:g} s; see the Ray logs, or raise sample_timeout_s"
         )
+
+    def _restart_stalled(self, group: EnvRunnerGroup, missing: set[int]) -> None:
+        """Ends env runners that neither answered nor died within `sample_timeout_s`; Ray starts them again."""
+        manager = group._worker_manager
+        for index in sorted(missing & set(group.healthy_env_runner_ids())):
+            logger.warning(
+                "env runner %d returned nothing within sample_timeout_s = %g s; it is started again",
+                index,
+                self.config.sample_timeout_s,
+            )
+            manager.set_actor_state(index, healthy=False)
+            ray.kill(manager.actors()[index], no_restart=False)
+
+    def restore_env_runners(self, env_runner_group: EnvRunnerGroup | None) -> list[int]:
+        """RLlib's; a runner that cannot come back yet (its machine is gone) is asked for every ten seconds, not in every
+        iteration.
+        """
+        group = env_runner_group
+        if group is None or group.num_healthy_remote_workers() == group.num_remote_env_runners():
+            return []
+        if time.monotonic() - self._probed < PROBE_SECONDS:
+            return []
+        restored = super().restore_env_runners(group)
+        self._probed = time.monotonic()
+        return restored
 
     def _runners(self) -> EnvRunnerGroup:
         if self.env_runner_group is None:
@@ -423,7 +491,7 @@ class Method(Algorithm):
                 (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
             )
         }
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+        with self.meter.timed("learning"), self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             if self.learner_group.is_local:
                 learner = self.learner_group._learner
                 results = [learner.update_from_tensors(batch, timesteps=timesteps, report=report, **kwargs)]
@@ -453,7 +521,11 @@ class Method(Algorithm):
             shard = ray.get(shards[learner._learner_index])
             return learner.update_from_tensors(shard, timesteps=timesteps, **kwargs)
 
-        return [result.get() for result in self.learner_group.foreach_learner(update)]
+        results = self.learner_group.foreach_learner(update)
+        for result in results:
+            if not result.ok:
+                raise result.get()
+        return [result.get() for result in results]
 
     @property
     def rl_module(self) -> TorchRLModule:
@@ -510,9 +582,27 @@ class Method(Algorithm):
             super().restore_from_path(path, *args, **kwargs)
         self._weights = None
 
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state, and where every env runner stands: a restored run samples what an uninterrupted one would."""
+        state = super().get_state(*args, **kwargs)
+        group = self.env_runner_group
+        if group is not None and self.config.env_runner_cls is TensorEnvRunner:
+            found = group.foreach_env_runner(
+                lambda runner: (runner.worker_index or 0, runner.position() if runner.env is not None else {})
+            )
+            state["runners"] = dict(found)
+        return state
+
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
         self._weights = None
+        positions = state.get("runners")
+        if positions and self.env_runner_group is not None:
+
+            def resume(runner: Any, positions: dict[int, Any] = positions) -> None:
+                runner.resume_at(positions.get(runner.worker_index or 0, {}))
+
+            self.env_runner_group.foreach_env_runner(resume)
 
 
 def checkpoint_class(path: str | Path) -> str | None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 METHODS = "mobula.methods"
 ENVS = "mobula.envs"
+COMMANDS = "mobula.commands"
+SERVICES = "mobula.services"
 GYMNASIUM = "gymnasium:"
 RLLIB = "rllib:"
 
@@ -104,6 +106,26 @@ def _find(name: str, options: dict[str, Entry]) -> Entry | None:
         return options[name]
     lowered = {option.lower(): entry for option, entry in options.items()}
     return lowered.get(name.lower())
+
+
+def command(name: str) -> Any:
+    """The function behind `mobula NAME` that a room provides (it takes the arguments).  Raises ConfigError for an unknown one."""
+    entry = _entries(COMMANDS).get(name)
+    if entry is None:
+        raise ConfigError(f"unknown command {name!r}.{nearest(name, _entries(COMMANDS))}")
+    return _load(entry)
+
+
+def service_class(name: str) -> Any:
+    """The class of the service registered as `name` (planners, mechanisms, language models).  Raises ConfigError for an unknown one."""
+    entry = _entries(SERVICES).get(name)
+    if entry is None:
+        known = _entries(SERVICES)
+        raise ConfigError(
+            f"no service {name!r} is registered here.{nearest(name, known)} There are: {', '.join(sorted(known)) or 'none'};"
+            f" the distribution that provides it declares it in the entry-point group {SERVICES!r}"
+        )
+    return _load(entry)
 
 
 def method_name(name: str) -> str:

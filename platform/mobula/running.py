@@ -1,13 +1,13 @@
-"""Runs: training with a run folder, tracking and progress; evaluation and films of what was trained."""
+"""Runs: training with a run folder, tracking and progress, checkpoints, resume."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import math
 import os
-import re
-import socket
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mobula import registry
-from mobula.errors import ArtifactError, ClusterError, ConfigError, DataError, MobulaError, StorageError
+from mobula.errors import ArtifactError, ClusterError, ConfigError, MobulaError, StorageError
 from mobula.files import replaced_folder, storage, write_json, write_text
+from mobula.joining import start_ray
+from mobula.placement import apply, cluster_nodes, given, lacking, roles
 from mobula.versions import commit, machine, versions
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
-    from mobula.artifact import Policy
 
 logger = logging.getLogger("mobula")
 
@@ -39,39 +40,11 @@ STOP_NAMES = {
 """Short names of what a run can be stopped by; any metric's full name works too."""
 
 
-# Ray ------------------------------------------------------------------------------------------------------
+CHECKPOINT_MARK = "mobula.json"
+"""File of a checkpoint that says its iteration."""
 
-
-def start_ray(address: str | None = None, *, verbose: bool = False) -> None:
-    """Joins the cluster at `address` (default: RAY_ADDRESS), or starts a local Ray.  Raises ClusterError in one line."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    level = logging.INFO if verbose else logging.ERROR
-    for name in ("ray", "ray.rllib", "ray.tune"):
-        logging.getLogger(name).setLevel(level)
-    if address is None:
-        ray.init(include_dashboard=False, log_to_driver=verbose, logging_level=level)
-        return
-    # Clusters of Ray 2.60 ask for a token; a client that sends none is refused.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    match = re.fullmatch(r"(?:ray://|https?://)?([^:/]+):(\d+)", address)
-    if match:
-        try:
-            socket.create_connection((match[1], int(match[2])), timeout=5).close()
-        except OSError as error:
-            raise ClusterError(
-                f"the Ray cluster at {address} does not answer ({error}): start it with `ray start --head`,"
-                " or unset RAY_ADDRESS to run on this machine"
-            ) from error
-    try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ClusterError(f"cannot join the Ray cluster at {address}: {first}") from error
-
+CHECKPOINT_SECONDS = 300.0
+"""Time between checkpoints where no number of iterations is given."""
 
 # Configs --------------------------------------------------------------------------------------------------
 
@@ -86,9 +59,10 @@ def make_config(
     num_env_runners: int | None = None,
     num_envs_per_env_runner: int | None = None,
     num_learners: int | None = None,
+    placement: Mapping[str, Any] | None = None,
     verbose: bool = False,
 ) -> AlgorithmConfig:
-    """The config of a run.  Raises ConfigError for names or values that do not exist or do not fit."""
+    """The config of a run (`placement`: see mobula.placement).  Raises ConfigError for names or values that do not exist or do not fit."""
     from mobula.method import MethodConfig
 
     config: Any = registry.config_class(method)()
@@ -101,7 +75,7 @@ def make_config(
             spelled = registry.register_with_ray(spelled)
             if not env.startswith(registry.GYMNASIUM) and spelled == registry.env_name(env):
                 config.env_runners(gym_env_vectorize_mode="vector_entry_point")
-        config.environment(spelled, env_config=dict(env_config or {}))
+        config.environment(spelled, env_config=_plain(env_config or {}))
     if seed is not None:
         config.debugging(seed=seed)
     counts = {"num_env_runners": num_env_runners, "num_envs_per_env_runner": num_envs_per_env_runner}
@@ -110,11 +84,21 @@ def make_config(
         config.learners(num_learners=num_learners)
     for name, value in (settings or {}).items():
         _apply(config, name, value)
+    apply(config, placement or {})
+    if not isinstance(config, MethodConfig):
+        from mobula.metrics import watched
+
+        config = watched(config)
     try:
         config.validate()
     except ValueError as error:
         raise ConfigError(f"{method}: {' '.join(str(error).split())}") from error
     return config  # type: ignore[no-any-return]
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them: YAML reads 2015-01-01 as a date."""
+    return {name: v.isoformat() if isinstance(v, datetime.date) else v for name, v in settings.items()}
 
 
 def _apply(config: Any, name: str, value: Any) -> None:
@@ -140,7 +124,7 @@ def flat_metrics(result: Mapping[str, Any], prefix: str = "") -> dict[str, float
     """The finite numbers of a result, by names such as "env_runners/episode_return_mean"."""
     flat: dict[str, float] = {}
     for name, value in result.items():
-        if name in ("config", "hist_stats", "pid", "fault_tolerance", "perf"):
+        if name in ("config", "hist_stats", "pid", "perf"):
             continue
         if isinstance(value, Mapping):
             flat |= flat_metrics(value, f"{prefix}{name}/")
@@ -171,7 +155,8 @@ def env_steps(metrics: Mapping[str, float]) -> int:
 class Run:
     """A finished run: its folder, what stopped it, the metrics of every iteration, the evaluation at its end.
 
-    headline: (metric, label) that the method is judged by, where that is not its return.
+    headline: (metric, label) that the method is judged by, where that is not its return; figures: those that it draws itself;
+    recoveries: times that it went on from a checkpoint after a loss.
     """
 
     path: Path
@@ -179,8 +164,10 @@ class Run:
     rows: list[dict[str, float]] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     figure: Path | None = None
+    figures: list[Path] = field(default_factory=list)
     tracking_uri: str | None = None
     notes: list[str] = field(default_factory=list)
+    recoveries: int = 0
     headline: tuple[str, str] | None = None
 
     @property
@@ -225,6 +212,8 @@ def train(
     experiment: str | None = None,
     address: str | None = None,
     checkpoint_every: int | None = None,
+    keep: int = 1,
+    max_failures: int = 3,
     evaluate: bool = True,
     progress: Progress | None = None,
     verbose: bool = False,
@@ -233,7 +222,10 @@ def train(
 
     stop              {metric: value}: ends when the metric is at least the value (see STOP_NAMES for short names);
                       default: what the method says, else 50 iterations
-    checkpoint_every  iterations between checkpoints; there is always one at the end
+    checkpoint_every  iterations between checkpoints (default: one every five minutes); there is always one at the end
+    keep              checkpoints that are kept: the last in checkpoint/, earlier ones in checkpoints/
+    max_failures      times that the run goes on from its last checkpoint after it has lost a learner or a machine that it
+                      cannot do without (lost env runners are replaced as it goes)
 
     The folder holds config.yaml, progress.jsonl (a line an iteration, written as it goes), checkpoint/, policy/ (the
     exported policy), learning_curve.png and run.json.  A run that is interrupted keeps what it has.
@@ -243,6 +235,13 @@ def train(
     targets = {
         STOP_NAMES.get(name, name): float(value) for name, value in (stop or default_stop(config)).items()
     }
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every is {checkpoint_every}: at least 1")
+    if keep < 1:
+        raise ConfigError(f"keep is {keep}: at least 1 checkpoint is kept")
+    if max_failures < 0:
+        raise ConfigError(f"max_failures is {max_failures}: at least 0")
+    _start(config, address, verbose)
     path = new_run_folder(out, method, env, config.seed)
     run = Run(path, "running")
     write_text(path / "config.yaml", dump_config(config))
@@ -256,47 +255,272 @@ def train(
         "commit": commit(),
         "machine": machine(),
     }
-    write_json(path / "run.json", {**about, "status": run.status})
+    about |= {
+        "checkpoint_every": checkpoint_every,
+        "keep": keep,
+        "max_failures": max_failures,
+        "evaluate": evaluate,
+    }
+    settings = config.knobs() if hasattr(config, "knobs") else {}
+    tracking = None
+    if track:
+        tracking = {
+            "experiment": experiment or method,
+            "uri": tracking_uri,
+            "folder": str(out),
+            "params": {"env": env, "seed": config.seed, **dict(config.env_config), **settings},
+        }
+    return _drive(config, run, about, tracking, progress=progress, verbose=verbose)
+
+
+def resume(
+    path: str | Path,
+    *,
+    stop: Mapping[str, float] | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> Run:
+    """Goes on with the run in the folder `path` from its newest whole checkpoint, to the same metrics as if it had never ended.
+
+    stop: a later end than the run was started with.  Lines of progress.jsonl after the checkpoint are written again.  Checkpoints are
+    RLlib's and hold pickles: resume only your own runs.  Raises ArtifactError where `path` is no run, ConfigError where it has
+    reached its end.
+    """
+    path = Path(path)
+    about, given = _read_run(path)
+    given.pop("stop", None)
+    config = make_config(given.pop("method"), given.pop("env", None), **given, verbose=verbose)
+    if stop:
+        about["stop"] = {STOP_NAMES.get(name, name): float(value) for name, value in stop.items()}
+    run = Run(path, "running", rows=read_progress(path))
+    if about.get("status") == "done" and any(
+        run.last.get(name, -math.inf) >= value for name, value in about["stop"].items()
+    ):
+        raise ConfigError(f"{path} has reached its end: give a later one with --stop, or start a new run")
+    _start(config, address, verbose)
+    checkpoint = _rewind(run)
+    for name in ("status", "error", "final", "evaluation", "recoveries", "notes"):
+        about.pop(name, None)
+    tracking = about.get("tracking")
+    return _drive(config, run, about, tracking, restore=checkpoint, progress=progress, verbose=verbose)
+
+
+def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(run.json, config.yaml) of a run folder.  Raises ArtifactError where it is none."""
+    try:
+        return json.loads((path / "run.json").read_text(encoding="utf-8")), load_yaml(path / "config.yaml")
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} is no run folder: {error}") from error
+
+
+def newest_checkpoint(path: Path) -> tuple[Path | None, int]:
+    """(the newest whole checkpoint of a run, its iteration), or (None, 0)."""
+    found: list[tuple[int, Path]] = []
+    # Of a run that was killed while it put a new checkpoint in the place of the old one, both lie under temporary names.
+    places = (path / "checkpoint", *(path / "checkpoints").glob("[0-9]*"), *path.glob(".checkpoint.*"))
+    for folder in (*places, *path.glob(".checkpoint.old.*/checkpoint")):
+        # Written last: a folder without it is not whole.
+        mark = folder / CHECKPOINT_MARK
+        if mark.is_file():
+            found.append((int(json.loads(mark.read_text(encoding="utf-8"))["training_iteration"]), folder))
+    if not found:
+        return None, 0
+    iteration, folder = max(found)
+    return folder, iteration
+
+
+def _rewind(run: Run) -> Path | None:
+    """The newest whole checkpoint of a run, whose rows are cut to those before it; None where it begins anew."""
+    checkpoint, iteration = newest_checkpoint(run.path)
+    run.rows = [row for row in run.rows if row.get("training_iteration", 0) <= iteration]
+    write_text(run.path / "progress.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
+    return checkpoint
+
+
+def read_progress(path: Path) -> list[dict[str, float]]:
+    """The lines of progress.jsonl; a last one that was cut off is left out."""
+    file = path / "progress.jsonl"
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _start(config: AlgorithmConfig, address: str | None, verbose: bool) -> None:
+    """Joins or starts Ray.  Raises ConfigError where this machine alone can never hold what the run asks for."""
     start_ray(address, verbose=verbose)
+    short = lacking(roles(config), cluster_nodes())
+    if short and not (address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"{short}; lower num_env_runners or num_learners, or what each asks for (placement)"
+        )
+    if short:
+        logger.warning("%s; Ray waits until the cluster has grown", short)
+
+
+def _drive(
+    config: AlgorithmConfig,
+    run: Run,
+    about: dict[str, Any],
+    tracking: dict[str, Any] | None,
+    *,
+    restore: Path | None = None,
+    progress: Progress | None,
+    verbose: bool,
+) -> Run:
+    """The run itself, from its start or from the checkpoint `restore`."""
+    path = run.path
+    write_json(path / "run.json", {**about, "status": run.status})
     with ExitStack() as stack:
         stack.enter_context(_quiet(verbose))
         tracker = None
-        if track:
+        if tracking is not None:
             from mobula.tracking import Tracker
 
-            settings = config.knobs() if hasattr(config, "knobs") else {}
-            tracker = Tracker.start(
-                experiment or method,
-                path.name,
-                uri=tracking_uri,
-                folder=out,
-                params={"env": env, "seed": config.seed, **dict(config.env_config), **settings},
-                tags={"method": method, "env": str(env), "run": str(path)},
-            )
+            if "run_id" in tracking:
+                tracker = Tracker.reopen(tracking["uri"], tracking["run_id"])
+            else:
+                tracker = Tracker.start(
+                    tracking["experiment"],
+                    path.name,
+                    uri=tracking["uri"],
+                    folder=tracking["folder"],
+                    params=tracking["params"],
+                    tags={"method": about["method"], "env": str(about["env"]), "run": str(path)},
+                )
             stack.enter_context(tracker)
             run.tracking_uri = tracker.uri
+            about["tracking"] = {"uri": tracker.uri, "run_id": tracker.run_id}
+            write_json(path / "run.json", {**about, "status": run.status})
         try:
-            algorithm = build(config)
-            stack.callback(algorithm.stop)
-            _loop(algorithm, run, targets, tracker, checkpoint_every, progress)
-            _finish(algorithm, run, tracker, evaluate)
+            while True:
+                try:
+                    _train_once(config, run, about, tracker, restore, progress)
+                    break
+                except _losses() as error:
+                    run.recoveries += 1
+                    said = " ".join(str(error).split())[:200]
+                    most = about.get("max_failures", 3)
+                    if run.recoveries > most:
+                        raise ClusterError(
+                            f"the run lost what it cannot do without {run.recoveries} times (max_failures ="
+                            f" {most}), the last time: {said}. `mobula train --resume {path}` goes on when the"
+                            " cluster is well"
+                        ) from error
+                    restore = _rewind(run)
+                    where = f"iteration {len(run.rows)}" if restore is not None else "its start"
+                    run.notes.append(f"went on from {where} after a loss: {said}")
+                    logger.warning("%s", run.notes[-1])
         except BaseException as error:
             run.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             write_json(path / "run.json", {**about, "status": run.status, "error": str(error).split("\n")[0]})
             raise
     write_json(
         path / "run.json",
-        {**about, "status": run.status, "final": run.last, "evaluation": run.evaluation, "notes": run.notes},
+        {
+            **about,
+            "status": run.status,
+            "final": run.last,
+            "evaluation": run.evaluation,
+            "recoveries": run.recoveries,
+            "notes": run.notes,
+        },
     )
     return run
+
+
+def _train_once(
+    config: AlgorithmConfig,
+    run: Run,
+    about: dict[str, Any],
+    tracker: Any,
+    restore: Path | None,
+    progress: Progress | None,
+) -> None:
+    from mobula.metrics import meter_of
+
+    algorithm = build(config)
+    meter = meter_of(algorithm)
+    meter.name(run.path.name, recoveries=run.recoveries)
+    try:
+        if restore is not None:
+            algorithm.restore_from_path(str(restore.resolve()))
+        _loop(algorithm, run, about, tracker, progress)
+        _finish(algorithm, run, tracker, about["evaluate"], about["keep"])
+    finally:
+        meter.close()
+        algorithm.stop()
+
+
+def _losses() -> tuple[type[Exception], ...]:
+    """What Ray raises where a process or a machine is gone."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+    )
+
+
+def send(path: str | Path, *, uri: str | None = None, experiment: str | None = None) -> str:
+    """Logs what MLflow lacks of the run in the folder `path`: a server was away, or the run was not tracked.
+
+    uri: default where the run was tracked, else MLFLOW_TRACKING_URI, else the MLflow file beside its folder.  Returns the URI.
+    """
+    from mobula.tracking import Tracker
+
+    path = Path(path)
+    about, given = _read_run(path)
+    kept = about.get("tracking")
+    if kept and uri in (None, kept["uri"]):
+        tracker = Tracker.reopen(kept["uri"], kept["run_id"])
+    else:
+        tracker = Tracker.start(
+            experiment or about["method"],
+            path.name,
+            uri=uri,
+            folder=path.parent,
+            params={
+                "env": about["env"],
+                "seed": about["seed"],
+                **about["env_config"],
+                **given.get("settings", {}),
+            },
+            tags={"method": about["method"], "env": str(about["env"]), "run": str(path)},
+        )
+        write_json(path / "run.json", {**about, "tracking": {"uri": tracker.uri, "run_id": tracker.run_id}})
+    # The last name of every row: where it is known, the row is.
+    known = {point.step for point in tracker.client.get_metric_history(tracker.run_id, "env_steps")}
+    for row in read_progress(path):
+        if int(row["env_steps"]) not in known:
+            tracker.log_metrics(row, int(row["env_steps"]))
+    if about.get("evaluation"):
+        tracker.log_metrics(
+            {f"evaluation/{k}": v for k, v in about["evaluation"].items()}, env_steps(about["final"])
+        )
+    for name in ("config.yaml", *(file.name for file in path.glob("*.png")), "checkpoint", "policy"):
+        if (path / name).exists():
+            tracker.log_artifact(path / name)
+    tracker.end({"done": "FINISHED", "failed": "FAILED"}.get(about["status"], "KILLED"))
+    return tracker.uri
 
 
 def build(config: AlgorithmConfig) -> Any:
     """The algorithm of `config`; RLlib's complaints about the config come out as ConfigError."""
     import ray
 
+    from mobula.method import MethodConfig
+    from mobula.metrics import watched
+
     try:
-        return config.build_algo()
+        return (config if isinstance(config, MethodConfig) else watched(config)).build_algo()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, MobulaError):
             raise error.cause from None
@@ -313,16 +537,10 @@ def default_stop(config: AlgorithmConfig) -> dict[str, float]:
     return dict(found) if found else {"iterations": 50}
 
 
-def _loop(
-    algorithm: Any,
-    run: Run,
-    targets: dict[str, float],
-    tracker: Any,
-    checkpoint_every: int | None,
-    progress: Progress | None,
-) -> None:
-    log = run.path / "progress.jsonl"
-    while True:
+def _loop(algorithm: Any, run: Run, about: dict[str, Any], tracker: Any, progress: Progress | None) -> None:
+    log, targets, every = run.path / "progress.jsonl", about["stop"], about["checkpoint_every"]
+    saved = time.monotonic()
+    while not any(run.last.get(name, -math.inf) >= value for name, value in targets.items()):
         row = flat_metrics(algorithm.train())
         row["env_steps"] = env_steps(row)
         run.rows.append(row)
@@ -334,26 +552,35 @@ def _loop(
         reached = any(name in row and row[name] >= value for name, value in targets.items())
         if progress is not None:
             progress(row, 1.0 if reached else min(max(share, 0.0), 1.0))
-        if reached:
-            return
         if len(run.rows) == 3 and not any(name in row for name in targets):
             raise ConfigError(
                 f"nothing to stop by: none of {', '.join(targets)} is a metric of this run; {run.path / 'progress.jsonl'} lists them"
             )
-        if checkpoint_every and len(run.rows) % checkpoint_every == 0:
-            save_checkpoint(algorithm, run.path)
+        due = len(run.rows) % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS
+        if due and not reached:
+            save_checkpoint(algorithm, run.path, keep=about["keep"])
+            saved = time.monotonic()
 
 
-def save_checkpoint(algorithm: Any, path: Path) -> None:
-    """Writes `path`/checkpoint whole, or leaves the one that is there."""
-    with replaced_folder(path / "checkpoint") as folder:
+def save_checkpoint(algorithm: Any, path: Path, *, keep: int = 1) -> None:
+    """Writes `path`/checkpoint whole, or leaves the one that is there; `keep` - 1 earlier ones stay in `path`/checkpoints."""
+    last, mark = path / "checkpoint", path / "checkpoint" / CHECKPOINT_MARK
+    if keep > 1 and mark.is_file():
+        iteration = int(json.loads(mark.read_text(encoding="utf-8"))["training_iteration"])
+        with replaced_folder(path / "checkpoints" / f"{iteration:06d}") as folder:
+            shutil.copytree(last, folder, dirs_exist_ok=True)
+    with replaced_folder(last) as folder:
         algorithm.save_to_path(str(folder.resolve()))
+        write_json(folder / CHECKPOINT_MARK, {"training_iteration": algorithm.training_iteration})
+    earlier = sorted((path / "checkpoints").glob("[0-9]*"))
+    for folder in earlier[: max(len(earlier) - keep + 1, 0)]:
+        shutil.rmtree(folder)
 
 
-def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool) -> None:
+def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool, keep: int) -> None:
     from mobula.artifact import export_policy
 
-    save_checkpoint(algorithm, run.path)
+    save_checkpoint(algorithm, run.path, keep=keep)
     if evaluate and algorithm.config.env is not None and hasattr(algorithm, "rl_module"):
         results = flat_metrics(algorithm.evaluate())
         run.evaluation = {name.removeprefix("env_runners/"): value for name, value in results.items()}
@@ -371,9 +598,12 @@ def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool) -> None:
     run.figure = learning_curve(
         run.rows, run.path / "learning_curve.png", title=run.path.name, headline=run.headline
     )
+    # RLlib's own algorithms draw none.
+    names = algorithm.figures(run.path) if hasattr(algorithm, "figures") else []
+    run.figures = [run.path / name for name in names]
     run.status = "done"
     if tracker is not None:
-        for name in ("config.yaml", "learning_curve.png", "checkpoint", "policy"):
+        for name in ("config.yaml", "learning_curve.png", *names, "checkpoint", "policy"):
             if (run.path / name).exists():
                 tracker.log_artifact(run.path / name)
 
@@ -459,6 +689,7 @@ def dump_config(config: AlgorithmConfig) -> str:
         "num_env_runners": config.num_env_runners,
         "num_envs_per_env_runner": config.num_envs_per_env_runner,
         "num_learners": config.num_learners,
+        "placement": given(config) or None,
         "settings": config.knobs() if hasattr(config, "knobs") else _changed(config),
     }
     return yaml.safe_dump({k: v for k, v in data.items() if v is not None}, sort_keys=False)
@@ -494,6 +725,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         "num_env_runners",
         "num_envs_per_env_runner",
         "num_learners",
+        "placement",
         "settings",
         "stop",
     }
@@ -503,119 +735,3 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
             f"config file {path} holds {', '.join(map(str, extra))}; it may hold {', '.join(sorted(known))}"
         )
     return data
-
-
-# Evaluation -----------------------------------------------------------------------------------------------
-
-
-def evaluate_policy(
-    policy: Policy,
-    env: str,
-    *,
-    episodes: int = 10,
-    steps: int = 10_000,
-    num_envs: int | None = None,
-    seed: int | None = None,
-    explore: bool | None = None,
-    env_config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Plays `episodes` whole episodes (`steps` steps where a task never ends) and returns what they brought.
-
-    {"returns": [...], "lengths": [...]} or {"reward_per_step": x, "steps": n}.  Every environment plays the same number of
-    episodes, so that short ones are not favoured.
-    """
-    import torch
-
-    count = num_envs or max(1, min(episodes, 32))
-    world = registry.make_env(env, count, **dict(env_config or {}))
-    if (
-        world.single_observation_space != policy.observation_space
-        or world.single_action_space != policy.action_space
-    ):
-        raise DataError(
-            f"the policy was trained for {policy.observation_space} -> {policy.action_space}; {env} has"
-            f" {world.single_observation_space} -> {world.single_action_space}"
-        )
-    if seed is not None:
-        policy.seed(seed)
-    obs, _ = world.reset(seed=seed)
-    if world.continuing:
-        total, taken = 0.0, 0
-        while taken < steps:
-            obs, reward, *_ = world.step(torch.as_tensor(policy.act(obs.numpy(), explore=explore)))
-            total, taken = total + float(reward.sum()), taken + count
-        return {"reward_per_step": total / taken, "steps": taken}
-    base, extra = divmod(episodes, count)
-    quota = [base + (i < extra) for i in range(count)]
-    running, length = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
-    returns: list[float] = []
-    lengths: list[int] = []
-    state = None
-    while any(quota):
-        answer = policy.answer(obs.numpy(), explore=explore, state=state)
-        obs, reward, terminated, truncated, _ = world.step(torch.as_tensor(answer["action"]))
-        state = answer.get("state")
-        running += reward
-        length += 1
-        for i in (terminated | truncated).nonzero().flatten().tolist():
-            if quota[i]:
-                quota[i] -= 1
-                returns.append(float(running[i]))
-                lengths.append(int(length[i]))
-            running[i], length[i] = 0.0, 0
-            if state is not None:
-                initial = policy.module.get_initial_state()
-                for name, value in initial.items():
-                    state[name][i] = value
-    world.close()
-    return {"returns": returns, "lengths": lengths}
-
-
-def record_video(
-    policy: Policy,
-    env: str,
-    path: str | Path,
-    *,
-    episodes: int = 1,
-    steps: int = 500,
-    seed: int | None = None,
-    explore: bool | None = None,
-    env_config: Mapping[str, Any] | None = None,
-) -> int:
-    """Writes a film (mp4 or gif) of `episodes` episodes, or of `steps` steps where a task never ends; returns the frames."""
-    import imageio.v2 as imageio
-    import torch
-
-    path = Path(path)
-    if path.suffix not in (".mp4", ".gif"):
-        raise ConfigError(f"a film is an .mp4 or a .gif, not {path.name!r}")
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    world = registry.make_env(env, 1, render_mode="rgb_array", **dict(env_config or {}))
-    if seed is not None:
-        policy.seed(seed)
-    obs, _ = world.reset(seed=seed)
-    frame = world.render()
-    if frame is None:
-        raise ConfigError(f"{env} does not draw itself: no film can be made of it")
-    rate = int(world.metadata.get("render_fps") or 30)
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-        options: dict[str, Any] = (
-            {"fps": rate, "macro_block_size": 8} if path.suffix == ".mp4" else {"duration": 1000 / rate}
-        )
-        frames, over, state = 0, 0, None
-        writer: Any = imageio.get_writer(temporary, **options)
-        with writer:
-            while over < episodes and (not world.continuing or frames < steps):
-                writer.append_data(frame)
-                frames += 1
-                answer = policy.answer(obs.numpy(), explore=explore, state=state)
-                state = answer.get("state")
-                obs, _, terminated, truncated, _ = world.step(torch.as_tensor(answer["action"]))
-                over += int(terminated) + int(truncated and not terminated)
-                frame = world.render()
-        temporary.replace(path)
-    world.close()
-    return frames

@@ -31,10 +31,13 @@ def learning_curves(
     labels: Mapping[str, str] | None = None,
     xlabel: str = "environment steps",
     arms: Sequence[str] | None = None,
+    gain_over: Mapping[str, tuple[str, str]] | None = None,
     file: str = "figure.png",
 ) -> Callable[[Results, Path], list[str]]:
     """One panel a task: mean over seeds of "curve_values" against "curve_steps", with a 95 % bootstrap band, an arm a colour
     (`arms`: which of them; default all).
+
+    gain_over: {task: (arm, label of the axis)} where curves lie so close that what they save on that arm's mean is drawn instead.
     """
 
     def draw(results: Results, folder: Path) -> list[str]:
@@ -49,14 +52,21 @@ def learning_curves(
         )
         handles: dict[str, Any] = {}
         for axes, (name, task) in zip(panels[0], tasks.items(), strict=True):
-            for colour, arm in zip(COLOURS, arms or results.experiment.arms, strict=False):
+            for place, arm in enumerate(arms or results.experiment.arms):
+                colour, style = COLOURS[place % len(COLOURS)], "-" if place < len(COLOURS) else "--"
                 cells = results[arm, name]
                 if not cells:
                     continue
                 steps = np.asarray(cells[0]["curve_steps"])
                 curves = np.asarray([np.interp(steps, c["curve_steps"], c["curve_values"]) for c in cells])
+                if name in (gain_over or {}):
+                    base = results[gain_over[name][0], name]  # type: ignore[index]
+                    curves = (
+                        np.mean([np.interp(steps, c["curve_steps"], c["curve_values"]) for c in base], 0)
+                        - curves
+                    )
                 middle, low, high = band(curves)
-                (line,) = axes.plot(steps, middle, color=colour, linewidth=2)
+                (line,) = axes.plot(steps, middle, style, color=colour, linewidth=2)
                 axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
                 handles.setdefault((labels or {}).get(arm, arm), line)
             if reference is not None:
@@ -67,6 +77,8 @@ def learning_curves(
             axes.set_title(f"{name}: {what} ({task.seeds} seeds)", fontsize=9)
             axes.set_xlabel(xlabel)
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+            if name in (gain_over or {}):
+                axes.set_ylabel(gain_over[name][1])  # type: ignore[index]
             axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)

@@ -130,7 +130,7 @@ def reproduce(
     )
     with storage(folder):
         (folder / "cells").mkdir(parents=True, exist_ok=True)
-    from mobula.running import start_ray
+    from mobula.joining import start_ray
 
     start_ray(address)
     began = time.time()
@@ -383,10 +383,7 @@ def _log(
             params = {"arm": cell.arm, "task": cell.task, "seed": seed, **cell.settings}
             with parent.child(f"{cell.arm}--{cell.task}--{seed}", params) as child:
                 child.log_metrics({k: v for k, v in numbers.items() if isinstance(v, float)}, 0)
-                for step, value in zip(
-                    numbers.get("curve_steps", []), numbers.get("curve_values", []), strict=True
-                ):
-                    child.log_metrics({"curve": value}, int(step))
+                child.log_curve("curve", numbers.get("curve_steps", []), numbers.get("curve_values", []))
         for index, claim in enumerate(result["claims"]):
             if "value" in claim:
                 parent.log_metrics({f"claim_{index + 1}_{claim['task']}": claim["value"]}, 0)

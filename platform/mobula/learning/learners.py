@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_OPTIMIZER, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
@@ -36,6 +36,22 @@ class Learner(TorchLearner):
     def rl_module(self) -> TorchRLModule:
         """The module that is trained."""
         return self.module[DEFAULT_MODULE_ID].unwrapped()  # type: ignore[no-any-return]
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().get_state(*args, **kwargs)
+        if COMPONENT_OPTIMIZER in state:
+            # The stream of minibatches belongs to the position in training, as the optimizers' moments do.
+            state["generator"] = self.generator.get_state()
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        if "generator" in state:
+            self.generator.set_state(torch.as_tensor(state["generator"]))
+        # An optimizer's state holds the step size of the run that wrote it; that of this config counts (population based
+        # training goes on from another trial's checkpoint with a step size of its own).
+        for optimizer, schedule in self._optimizer_lr_schedules.items():
+            self._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
 
     def _make_modules_ddp_if_necessary(self) -> None:
         # DDP averages gradients only where the loss goes through `forward`; these learners reduce explicitly, so a

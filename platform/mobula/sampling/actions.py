@@ -101,6 +101,17 @@ def to_space(
     return lambda actions: middle + half * actions.clamp(-1.0, 1.0)
 
 
+def from_space(space: gymnasium.Space[Any], how: ActionMap) -> Callable[[Tensor], Tensor]:
+    """The inverse of `to_space`: actions [..., D] of `space` as a policy would have drawn them."""
+    if isinstance(space, spaces.Discrete) and int(space.start) != 0:
+        start = int(space.start)
+        return lambda actions: actions - start
+    if how != "unsquash" or not isinstance(space, spaces.Box):
+        return lambda actions: actions
+    low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+    return lambda actions: (2 * actions - low - high) / (high - low)
+
+
 def random_actions(
     space: gymnasium.Space[Any],
     how: ActionMap,

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.utils import EzPickle
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
@@ -126,18 +127,36 @@ class GymnasiumBridge(TensorEnv):
             raise DataError(
                 f"gymnasium:{self.env_id}: simulators in other processes cannot be saved; use sync"
             )
+        if any(isinstance(env.unwrapped, EzPickle) for env in self.vector.unwrapped.envs):
+            # Copying or writing such a simulator makes a new one from its arguments, at its start.
+            raise DataError(
+                f"gymnasium:{self.env_id}: its simulators cannot be saved in the middle of an episode"
+            )
         try:
-            return {"simulators": copy.deepcopy(self.vector)}
+            inner = self.vector.unwrapped
+            return {name: copy.deepcopy(getattr(inner, name)) for name in _POSITION if hasattr(inner, name)}
         except Exception as error:
             raise DataError(f"gymnasium:{self.env_id} cannot be saved: {error}") from error
 
     def set_state(self, saved: Any) -> None:
-        self.vector = copy.deepcopy(saved["simulators"])
+        for name, value in saved.items():
+            setattr(self.vector.unwrapped, name, copy.deepcopy(value))
 
     def close_extras(self, **kwargs: Any) -> None:
         if self.vector is not None:
             self.vector.close()
 
+
+_POSITION = (
+    "envs",
+    "_env_obs",
+    "_observations",
+    "_rewards",
+    "_terminations",
+    "_truncations",
+    "_autoreset_envs",
+)
+"""Attributes of gymnasium's SyncVectorEnv that a later step depends on."""
 
 _PLAIN = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 

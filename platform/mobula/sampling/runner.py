@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import ray
 import torch
 from gymnasium.vector import AutoresetMode
+from ray import cloudpickle
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_AGENT_ID, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
@@ -40,10 +44,18 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor
 
 from mobula import registry
-from mobula.errors import ConfigError, EnvironmentFault, MobulaError
+from mobula.errors import ConfigError, DataError, EnvironmentFault, MobulaError
 from mobula.sampling.actions import act, action_map, log_probability, random_actions, to_space
 from mobula.sampling.rollout import Rollout
 from mobula.sampling.tensor_env import TensorEnv
+
+logger = logging.getLogger("mobula")
+
+RESTARTS_IN_A_ROW = 3
+"""Times that faulty environments are made anew within one call of `sample` before the fault is the user's to mend."""
+
+ENV_RESTARTS = "num_env_restarts_lifetime"
+"""Metric: times that a batch of environments was made anew after a fault."""
 
 REWARD_SUM = "reward_sum"
 """Metric: rewards of all steps of an iteration, summed over environments and agents."""
@@ -69,8 +81,12 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         self.device = get_device(self.config, self.config.num_gpus_per_env_runner if self.worker_index else 0)
         self.num_envs = int(self.config.num_envs_per_env_runner)
         entropy = torch.seed() if self.config.seed is None else int(self.config.seed)
-        # Independent streams for the environments and for the actions, and for every runner.
-        stream = np.random.SeedSequence([entropy, self.worker_index or 0, int(self.config.in_evaluation)])
+        # Independent streams for the environments and for the actions, and for every runner; one that Ray has started again
+        # must not repeat what it has sampled.
+        again = [time.time_ns()] if ray.is_initialized() and _was_restarted() else []
+        stream = np.random.SeedSequence(
+            [entropy, self.worker_index or 0, int(self.config.in_evaluation), *again]
+        )
         self._env_seed, action_seed = (
             int(word) for word in stream.generate_state(2, np.uint64) >> np.uint64(1)
         )
@@ -187,7 +203,7 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         with self.metrics.log_time(SAMPLE_TIMER):
             if force_reset or quota is not None or self._obs is None:
                 self._reset()
-            rollout = self._roll(steps, quota, until, explore, random_actions)
+            rollout = self._survive(lambda: self._roll(steps, quota, until, explore, random_actions))
             self._count(rollout, quota)
             if quota is not None:
                 self._obs = None
@@ -195,20 +211,22 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
 
     def sample_and_report(
         self, weights: Any = None, *, report: bool = True, **kwargs: Any
-    ) -> tuple[list[Any], Any]:
-        """One call for what an iteration needs: takes the weights, samples, reports metrics (None if not `report`).
+    ) -> tuple[int, list[Any], Any]:
+        """One call for what an iteration needs: takes the weights, samples, reports metrics.
 
-        A fault that the user can mend comes back as a value: RLlib swallows what an actor raises and goes on.
+        Returns (index of this runner, what `sample` returned, metrics or None if not `report`).  A fault that the user can
+        mend comes back as a value: RLlib swallows what an actor raises and goes on.
         """
         if weights is not None:
             self.set_state(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
+        index = self.worker_index or 0
         try:
             samples = self.sample(**kwargs)
         except MobulaError as fault:
-            if not self.worker_index:
+            if not index:
                 raise
-            return [fault], None
-        return samples, self.get_metrics() if report else None
+            return index, [fault], None
+        return index, samples, self.get_metrics() if report else None
 
     def _reset(self) -> None:
         assert self.env is not None and self.module is not None
@@ -225,6 +243,19 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
                 for name, value in self.module.get_initial_state().items()
             }
             self._state = self._initial
+
+    def _survive(self, roll: Callable[[], Rollout]) -> Rollout:
+        """`roll()`; where the config wants it, faulty environments are made anew and the rollout begins again."""
+        for _ in range(RESTARTS_IN_A_ROW if self.config.restart_failed_sub_environments else 0):
+            try:
+                return roll()
+            except EnvironmentFault as fault:
+                logger.warning("%s; its environments are made anew", fault)
+                self._counts["env_restarts"] += 1
+                self._env_seed = int(torch.randint(2**62, (), generator=self.generator))
+                self.make_env()
+                self._reset()
+        return roll()
 
     @torch.no_grad()
     def _roll(
@@ -261,7 +292,7 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
                     actions = actions.squeeze(1)
                     out = {name: value.squeeze(1) for name, value in out.items()}
                 step |= {name: value for name, value in out.items() if isinstance(value, Tensor)}
-            obs, reward, terminated, truncated, info = env.step(self._to_space(actions))
+            obs, reward, terminated, truncated, info = self._step(self._to_space(actions), taken)
             step[Columns.ACTIONS] = actions
             step[Columns.REWARDS] = reward
             step[Columns.TERMINATEDS] = terminated
@@ -301,6 +332,25 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
             )
         return rollout
 
+    def _step(self, actions: Tensor, taken: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """A step of the environments; what they raise comes out as an EnvironmentFault that says where."""
+        assert self.env is not None
+        try:
+            return self.env.step(actions)
+        except MobulaError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split()) or "nothing said"
+            raise EnvironmentFault(
+                f"{self.config.env} raised {type(error).__name__} ({said}) at step {self._steps_before() + taken} of env"
+                f" runner {self.worker_index or 0}: mend it, or start it anew after a fault with --set"
+                " restart_failed_sub_environments=true"
+            ) from error
+
+    def _steps_before(self) -> int:
+        """Steps of the batch that were counted before this call of `sample`."""
+        return int(self.num_env_steps_sampled_lifetime) // self.num_envs
+
     def _check_finite(self, columns: dict[str, list[Tensor]], obs: Tensor, taken: int) -> None:
         observations = [*columns.get(Columns.OBS, []), obs]
         for what, values in (("observation", observations), ("reward", columns.get(Columns.REWARDS, []))):
@@ -311,7 +361,7 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
                 step, index = bad.nonzero()[0, :2].tolist()
                 # Observation t was returned by step t - 1 of this call.
                 at = step - (what == "observation")
-                total = int(self.num_env_steps_sampled_lifetime) // self.num_envs + max(at, 0)
+                total = self._steps_before() + max(at, 0)
                 raise EnvironmentFault(
                     f"{self.config.env} returned a {what} that is not finite: environment index {index},"
                     f" step {total} of env runner {self.worker_index or 0}; mend the environment, or wrap it to clean its output"
@@ -361,6 +411,8 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         log(NUM_EPISODES_LIFETIME, episodes, reduce="lifetime_sum")
         log(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         log(REWARD_SUM, counts["reward"], reduce="sum")
+        if self.config.restart_failed_sub_environments:
+            log(ENV_RESTARTS, int(counts["env_restarts"]), reduce="lifetime_sum")
         # In training, the last `metrics_num_episodes_for_smoothing` episodes, also in iterations in which none ended; in
         # evaluation, every episode that was asked for and no other.
         self._last_episodes.extend(fresh)
@@ -407,6 +459,44 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         if NUM_ENV_STEPS_SAMPLED_LIFETIME in state:
             self.num_env_steps_sampled_lifetime = state[NUM_ENV_STEPS_SAMPLED_LIFETIME]
 
+    def position(self) -> dict[str, Any]:
+        """Everything that later samples depend on but the weights: random streams, environments, unfinished episodes.
+
+        {} where the environments cannot be copied or written (simulators in other processes): a resumed run begins new
+        episodes then.
+        """
+        assert self.env is not None
+        kept: dict[str, Any] = {"generator": self.generator.get_state(), "env_seed": self._env_seed}
+        kept["counts"], kept["new_episodes"] = dict(self._counts), list(self._new_episodes)
+        kept["last_episodes"] = list(self._last_episodes)
+        if self._obs is None:
+            return kept
+        try:
+            kept["env"] = self.env.get_state()
+            # A simulator of somebody else's may be copied and yet not be written.
+            cloudpickle.dumps(kept["env"])
+        except (DataError, TypeError, AttributeError, NotImplementedError, pickle.PicklingError):
+            return {}
+        return kept | {name: getattr(self, name) for name in _CARRIED}
+
+    def resume_at(self, position: dict[str, Any]) -> None:
+        """Puts back what `position` returned, for the same environment and number of environments."""
+        if not position:
+            return
+        assert self.env is not None
+        self.generator.set_state(position["generator"])
+        self._env_seed = position["env_seed"]
+        self._counts = defaultdict(float, position["counts"])
+        self._new_episodes = list(position["new_episodes"])
+        self._last_episodes.clear()
+        self._last_episodes.extend(position["last_episodes"])
+        if "env" in position:
+            self._reset()
+            self._env_seed = None  # type: ignore[assignment]
+            self.env.set_state(position["env"])
+            for name in _CARRIED:
+                setattr(self, name, position[name])
+
     def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {"config": self.config}
 
@@ -419,6 +509,15 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
     def stop(self) -> None:
         if self.env is not None:
             self.env.close()
+
+
+_CARRIED = ("_obs", "_over", "_return", "_length", "_state")
+
+
+def _was_restarted() -> bool:
+    """Whether this process is an actor that Ray has started in the place of one that died."""
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None and context.was_current_actor_reconstructed
 
 
 def _segments(values: Tensor, ends: Tensor, carried: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -1,0 +1,78 @@
+"""A run that was interrupted and goes on gives the metrics of one that never was."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.kill_and_resume import RUNS, Shape, comparable
+from mobula import running
+from mobula.errors import ArtifactError, ConfigError
+
+
+def config(name: str) -> Any:
+    given, _ = RUNS[name]
+    return running.make_config(**{**given, "seed": 3})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_goes_on_exactly(ray_session: None, tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {"out": tmp_path, "track": False, "evaluate": False}
+    whole = running.train(config(name), stop={"iterations": 5}, **options)
+    part = running.train(config(name), stop={"iterations": 3}, **options)
+    assert comparable(part.rows) == comparable(whole.rows[:3])
+    resumed = running.resume(part.path, stop={"iterations": 5})
+    assert comparable(resumed.rows) == comparable(whole.rows)
+    lines = [json.loads(line) for line in (part.path / "progress.jsonl").read_text().splitlines()]
+    assert comparable(lines) == comparable(whole.rows)
+    assert json.loads((part.path / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("shape", ["continuing", "on-policy, two runners", "offline"])
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, shape: str) -> None:
+    """SIGKILL at a random moment; the checkpoint that is picked is whole, and the metrics are those of the unbroken run."""
+    runs = Shape(shape, tmp_path)
+    runs.whole()
+    found = runs.round(0, random.Random())
+    assert found["equal"], found
+    assert found["resumed from"] <= found["killed after"] + 1
+    (path,) = (runs.folder / "killed0").glob("2*")
+    if not found["ended before the kill"]:
+        # Two checkpoints are kept: the last, and one before it.
+        assert len(list((path / "checkpoints").iterdir())) == 1
+    assert running.newest_checkpoint(path)[1] == runs.iterations
+
+
+def test_a_checkpoint_that_is_not_whole_is_never_picked(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "algorithm_state.pkl").write_bytes(b"half")
+    assert running.newest_checkpoint(tmp_path) == (None, 0)
+    old = tmp_path / ".checkpoint.old.x" / "checkpoint"
+    old.mkdir(parents=True)
+    (old / running.CHECKPOINT_MARK).write_text('{"training_iteration": 4}')
+    assert running.newest_checkpoint(tmp_path) == (old, 4)
+
+
+def test_simulators_that_cannot_be_copied_begin_new_episodes(ray_session: None, tmp_path: Path) -> None:
+    """MuJoCo's are made anew when they are copied: a resumed run must not take such a one for the one that it left."""
+    hopper = running.make_config(
+        "PPO", "gymnasium:Hopper-v5", settings={"train_batch_size": 64}, seed=3, num_envs_per_env_runner=2
+    )
+    part = running.train(hopper, stop={"iterations": 1}, out=tmp_path, track=False, evaluate=False)
+    resumed = running.resume(part.path, stop={"iterations": 2})
+    assert [row["training_iteration"] for row in resumed.rows] == [1, 2]
+    assert resumed.rows[1]["env_steps"] == 2 * resumed.rows[0]["env_steps"]
+
+
+def test_what_cannot_go_on(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is no run folder"):
+        running.resume(tmp_path / "nowhere")
+    done = running.train(config("game"), stop={"iterations": 1}, out=tmp_path, track=False, evaluate=False)
+    with pytest.raises(ConfigError, match="has reached its end"):
+        running.resume(done.path)
+    with pytest.raises(ConfigError, match="keep is 0"):
+        running.train(config("game"), keep=0, out=tmp_path)
