@@ -1,0 +1,1 @@
+"""Trading agents, chosen and judged walk-forward."""

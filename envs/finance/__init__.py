@@ -1,0 +1,1 @@
+"""Markets: data with a manifest, tensor environments, walk-forward evaluation, metrics."""

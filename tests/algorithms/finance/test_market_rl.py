@@ -1,0 +1,191 @@
+"""MarketRL: thresholds, copies of agents, windows that do not look ahead, the whole way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.rllib.core.columns import Columns
+
+from mobula import registry
+from mobula.algorithms.finance import agents, market_rl, market_rl_experiment
+from mobula.algorithms.finance.market_rl import MarketRL, MarketRLConfig
+from mobula.artifact import export_policy, load_policy
+from mobula.envs.finance import metrics, synthetic
+from mobula.errors import ConfigError, DataError
+
+SPAN = {"start": "2018-01-01", "end": "2019-01-01"}
+
+
+def config(env: str = "portfolio", **knobs: Any) -> Any:
+    small = {"steps": 500, "rebalance": 40, "validation": 40, "num_envs": 16, "hidden": [16], **knobs}
+    made = MarketRLConfig().environment(env, env_config=dict(SPAN)).training(**small)
+    return made.debugging(seed=0, log_level="ERROR")
+
+
+def test_thresholds_come_from_the_initial_range() -> None:
+    tau = torch.arange(1.0, 201.0, dtype=torch.float64)
+
+    def rule(at: int, **knobs: Any) -> float:
+        return market_rl.threshold(tau, 100, at, **{"q": 0.99, "rule": "quantile", **knobs})
+
+    assert rule(150) == pytest.approx(float(tau[:100].quantile(0.99)))
+    assert rule(150, q=0.0) == float("inf")
+    assert rule(150, rule="adaptive") == pytest.approx(float(tau[:100].quantile(0.9)))
+    # The mean of the 63 bars up to 100 is 69, below the 0.90 quantile: the in-sample maximum.
+    assert rule(100, rule="adaptive") == 100.0
+    # Nothing after the initial range, or after the start of validation, has a part.
+    later = tau.clone()
+    later[150:] = 1e9
+    assert market_rl.threshold(later, 100, 150, q=0.9, rule="adaptive") == rule(150, q=0.9, rule="adaptive")
+
+
+def test_the_best_of_families() -> None:
+    assert market_rl.best({"ppo": 0.0, "a2c": 1.2, "sac": -3.0}) == "a2c"
+    assert market_rl.best({"ppo": 0.0, "a2c": 0.0}) == "ppo"
+
+
+def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
+    algorithm = config(algo_families=["ppo", "a2c"]).build_algo()
+    assert len(algorithm.windows) == 1
+    assert algorithm.accounts == ("ensemble", "ppo", "a2c", "random")
+    wider = config(algo_families=["ppo", "a2c"], train_share=0.3).build_algo()
+    first = wider.train()
+    assert first["progress"] == 1 / len(wider.windows)
+    # A restored run goes on exactly, from the account that the first block left.
+    other = MarketRL.from_checkpoint(wider.save_to_path(str(tmp_path / "checkpoint")))
+    second, again = wider.train(), other.train()
+    assert second["wealth"] == again["wealth"]
+    assert len(wider.log) == 2 and wider.log == other.log
+    entry = wider.log[1]
+    assert entry["train"][1] < entry["validation"][0] <= entry["validation"][1] < entry["trade"][0]
+    assert set(entry["validation_sharpe"]) == {"ppo", "a2c"}
+    assert entry["selected"] == market_rl.best(entry["validation_sharpe"])
+    # Blocks join without a gap, and the ensemble's block is that of the chosen family where it held the same account.
+    dates = wider.traded_dates()
+    assert len(dates) == len(wider.paths["ensemble"]) == 2 * 40 + 1 == len(wider.weights)
+    assert str(dates[-1]) == entry["trade"][1]
+    chosen = wider.log[0]["selected"]
+    assert wider.paths["ensemble"][:41] == wider.paths[chosen][:41]
+    report = wider.report()
+    assert report["accounts"]["ensemble"]["bars"] == 80
+    assert 0 <= report["deflated_sharpe"] <= 1
+    assert sum(report["wins"].values()) == 2
+    assert wider.evaluate()["walk_forward"]["sharpe"] == pytest.approx(metrics.sharpe(wider.returns()))
+    assert wider.figures(tmp_path) == ["backtest.png"]
+    policy = load_policy(export_policy(wider, tmp_path / "policy"))
+    obs = np.random.default_rng(0).normal(size=policy.observation_space.shape).astype(np.float32)
+    answer = policy.answer(obs)
+    assert answer["action"].shape == (6,)
+    assert int(answer["agent"]) == ["ppo", "a2c"].index(entry["selected"])
+    assert float(answer["threshold"]) == pytest.approx(entry["threshold"])
+    with torch.no_grad():
+        wanted = wider.rl_module.act_as(entry["selected"], torch.from_numpy(obs)[None])[0]
+    np.testing.assert_allclose(answer["action"], wanted, rtol=1e-6)
+    with pytest.raises(DataError, match="shape"):
+        policy.answer(obs[:-1])
+    for each in (algorithm, wider, other):
+        each.stop()
+
+
+def test_what_comes_later_changes_nothing(ray_session: None) -> None:
+    """The first block's path is the same where the range ends right after it: no scale, threshold or choice saw the rest."""
+    long = config(train_share=0.3).build_algo()
+    long.train()
+    stop = long.span.dates[long.windows[0].trade[1]]
+    short = config(train_share=75 / 155)
+    short.environment("portfolio", env_config={**SPAN, "end": str(stop)})
+    bars = long.windows[0].trade[1]
+    short.training(train_share=long.initial / bars + 1e-9)
+    cut = short.build_algo()
+    assert cut.windows[0] == long.windows[0]
+    cut.train()
+    assert cut.paths["ensemble"] == long.paths["ensemble"]
+    for each in (long, cut):
+        each.stop()
+
+
+def test_shares_and_seeds_and_warm_starts(ray_session: None) -> None:
+    algorithm = config(
+        "stock_trading", train_share=0.4, n_seeds=2, warm_start=True, sliding=60, embargo=5, turbulence_q=0.0
+    ).build_algo()
+    result = algorithm.train()
+    assert algorithm.windows[0].train[1] - algorithm.windows[0].train[0] == 60
+    assert set(algorithm.warm) == {"ppo.0", "ppo.1"}
+    assert algorithm.log[0]["threshold"] is None
+    held = algorithm.held["ensemble"]
+    assert float(held["value"]) / 1e6 == pytest.approx(result["wealth"])
+    module: Any = algorithm.rl_module
+    obs = torch.randn(3, *algorithm.span.single_observation_space.shape)
+    with torch.no_grad():
+        each = [actor(obs) for actor in module.actors["ppo"]]
+    assert not torch.equal(each[0], each[1])
+    torch.testing.assert_close(module._forward({Columns.OBS: obs})[Columns.ACTIONS], (each[0] + each[1]) / 2)
+    algorithm.train()
+    algorithm.stop()
+
+
+def test_an_agent_s_copy_acts_as_the_agent(ray_session: None) -> None:
+    """RLlib's SAC and the tensor PPO: the mean of the squashed, and of the clipped, distribution."""
+    c = config(sac_steps=100)
+    obs = torch.randn(7, 107)
+    settings = {**SPAN, "episode_length": 50}
+    for family in ("sac", "ppo"):
+        made, weights, steps = agents.train_agent(family, "portfolio", settings, c, seed=1)
+        assert steps >= 100
+        actor = agents.Actor(family, 107, [16], 6)
+        actor.take(made, 6)
+        with torch.no_grad():
+            if family == "sac":
+                from ray.rllib.core.models.base import ENCODER_OUT
+
+                mean = made[1](made[0]({Columns.OBS: obs})[ENCODER_OUT])[:, :6].tanh()
+            else:
+                mean = made[0](obs).clamp(-1, 1)
+        torch.testing.assert_close(actor(obs), mean)
+        assert weights
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown family 'ddqn'"):
+        config(algo_families=["ppo", "ddqn"]).validate()
+    with pytest.raises(ConfigError, match="names each family once"):
+        config(algo_families=[]).validate()
+    with pytest.raises(ConfigError, match="more than the 251"):
+        config(rebalance=200).build_algo()
+    with pytest.raises(ConfigError, match="environment 'cartpole' does not take these settings"):
+        config("cartpole").build_algo()
+    plain = config("pendulum")
+    plain.env_config = {}
+    with pytest.raises(ConfigError, match="stock_trading or portfolio, not in pendulum"):
+        plain.build_algo()
+
+
+def test_ppo_finds_the_planted_signal(ray_session: None) -> None:
+    made: Any = registry.config_class("PPO")()
+    made.environment("planted_signal").env_runners(num_envs_per_env_runner=64)
+    made.training(lr=2e-3, gamma=0.0, rollout_length=32, num_epochs=8, minibatch_size=256)
+    algorithm = made.debugging(seed=0, log_level="ERROR").build_algo()
+    for _ in range(15):
+        algorithm.train()
+    s = synthetic.signal_paths(1000, 128, 5)
+
+    def acts(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            module: Any = algorithm.rl_module
+            return module.pi(torch.stack([now, before], -1).float())[:, 0].clamp(-1, 1).double()
+
+    share = float(synthetic.score(acts, s, beta=1e-3, cost=0.0).mean()) / synthetic.sign_optimum()
+    algorithm.stop()
+    assert share > 0.5
+
+
+def test_the_experiment_is_whole() -> None:
+    made = market_rl_experiment.experiment()
+    names = {arm for arm in made.arms}
+    assert names == {"ppo", "market_rl", "without_learning"}
+    for claim in made.claims:
+        assert set(claim.tasks) <= set(made.tasks)

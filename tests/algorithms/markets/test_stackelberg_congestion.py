@@ -1,0 +1,522 @@
+"""DolMD and SilMD: the gradient against differences and the implicit derivative, published optima, the whole through RLlib."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from mobula import running
+from mobula.algorithms.markets.baselines import heuristics
+from mobula.algorithms.markets.baselines import sab as sensitivity
+from mobula.algorithms.markets.stackelberg_congestion import experiment as stackelberg_experiment
+from mobula.algorithms.markets.stackelberg_congestion.math import (
+    anticipate,
+    generates,
+    leader_step,
+    step_size,
+)
+from mobula.algorithms.markets.stackelberg_congestion.method import (
+    StackelbergCongestion,
+    StackelbergCongestionConfig,
+)
+from mobula.algorithms.markets.stackelberg_congestion.module import answer_request, design_report
+from mobula.algorithms.markets.stackelberg_congestion.search import Search, iterate, k_shortest_paths
+from mobula.artifact import export_policy, load_policy
+from mobula.envs.markets import assignment, design, networks
+from mobula.envs.markets.design import OBJECTIVES, Objective, evaluate, make_problem
+from mobula.envs.markets.dynamics import Paths
+from mobula.errors import ConfigError, DataError, TrainingFault
+from mobula.serving.gateway import LocalBackend, create_app
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "siouxfalls"
+FOLDER = Path(os.environ.get("MOBULA_SIOUXFALLS", SHARED))
+BRAESS_OPTIMUM = 28.919781
+
+
+# Gradients --------------------------------------------------------------------------------------------------
+
+
+def instance(name: str, objective: str | None = None) -> tuple[Any, Paths]:
+    problem = make_problem(name, objective)
+    found = [evaluate(problem, np.full(problem.size, v)).assignment for v in (0.0, 0.5, 2.0)]
+    paths = Paths(problem.network)
+    for one in found:
+        for w, known in enumerate(one.paths):
+            for path in known:
+                paths.add(w, path)
+    return problem, paths
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"), [("braess5", "cndp"), ("hearn9", "sctp"), ("hearn9", "revenue")]
+)
+@pytest.mark.parametrize("T", [1, 6, 220])
+def test_silmds_gradient_is_that_of_the_unrolled_objective(name: str, objective: str, T: int) -> None:
+    """Central differences in every coordinate, two designs side by side; T = 220 goes through stretches."""
+    problem, paths = instance(name, objective)
+    g = torch.Generator().manual_seed(0)
+    y = 0.3 + torch.rand(2, problem.size, dtype=torch.float64, generator=g)
+    flat = paths.flat()
+    logits = torch.randn(2, flat.size, dtype=torch.float64, generator=g)
+    demand = torch.from_numpy(problem.network.demand).expand(2, -1)
+    r = torch.full((2, 1), 0.03, dtype=torch.float64)
+
+    def at(design_: torch.Tensor) -> Any:
+        return anticipate(problem, flat, demand, design_, logits, r, algorithm="silmd", T=T)
+
+    found = at(y)
+    for i in range(problem.size):
+        h = torch.zeros_like(y)
+        h[:, i] = 1e-4
+        wanted = (at(y + h).F - at(y - h).F) / 2e-4
+        torch.testing.assert_close(found.gradient[:, i], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["braess5", "hearn9"])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_dolmds_gradient_is_the_implicit_derivative_at_equilibrium(name: str, truncate: bool) -> None:
+    problem, paths = instance(name)
+    y = torch.tensor(
+        [[0.5, 0.1, 0.1, 0.2, 0.5]] if name == "braess5" else [[1.0, 2.0, 0.5]], dtype=torch.float64
+    )
+    found = anticipate(
+        problem,
+        paths.flat(),
+        torch.from_numpy(problem.network.demand)[None],
+        y,
+        torch.zeros(1, len(paths), dtype=torch.float64),
+        torch.full((1, 1), 0.05, dtype=torch.float64),
+        algorithm="dolmd",
+        eps=1e-9,
+        truncate=truncate,
+    )
+    exact = evaluate(problem, y[0].numpy(), gap=1e-12)
+    assert float(found.F) == pytest.approx(exact.objective, rel=1e-6)
+    wanted = sensitivity.gradient(problem, y[0].numpy(), exact)
+    g = found.gradient[0].numpy()
+    if truncate:
+        # Cutting the way off leaves out what the flows owe to the early steps: the direction stays.
+        assert g @ wanted > 0.95 * np.linalg.norm(g) * np.linalg.norm(wanted)
+    else:
+        np.testing.assert_allclose(g, wanted, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["braess5", "hearn9"])
+def test_the_implicit_derivative_is_that_of_equilibria(name: str) -> None:
+    problem = make_problem(name)
+    y = np.array([0.5, 0.1, 0.1, 0.2, 0.5]) if name == "braess5" else np.array([1.0, 2.0, 0.5])
+    exact = evaluate(problem, y, gap=1e-12)
+    found = sensitivity.gradient(problem, y, exact)
+    flows = sensitivity.flow_derivative(problem, y, exact.assignment)
+    for i in range(problem.size):
+        h = np.zeros(problem.size)
+        h[i] = 1e-4
+        up, down = (evaluate(problem, y + s * h, gap=1e-13) for s in (1, -1))
+        assert found[i] == pytest.approx((up.objective - down.objective) / 2e-4, rel=1e-4)
+        np.testing.assert_allclose(flows[:, i], (up.x - down.x) / 2e-4, atol=2e-3)
+
+
+# Searches ---------------------------------------------------------------------------------------------------
+
+
+def search(name: str, starts: Any, limit: int = 900, **knobs: Any) -> Search:
+    config = StackelbergCongestionConfig().training(network=name, **knobs)
+    problem = config.problem()
+    y = torch.tensor(np.array(starts), dtype=torch.float64)
+    demand = torch.from_numpy(problem.network.demand).expand(1, len(y), -1)
+    found = Search(problem, config.settings(problem), demand, y)
+    while not found.converged and found.n < limit:
+        iterate(found)
+    return found
+
+
+def test_braess_is_solved_with_anticipation_and_not_without() -> None:
+    zero = [np.zeros(5)]
+    five, one = search("braess5", zero), search("braess5", zero, T=1)
+    F = [evaluate(s.problem, s.y[0].numpy()).objective for s in (five, one)]
+    assert five.converged
+    assert BRAESS_OPTIMUM - 1e-6 < F[0] < 1.01 * BRAESS_OPTIMUM
+    assert F[1] == pytest.approx(38.786, abs=1e-3)
+    # What was unrolled is not what is judged.
+    y = heuristics.ioa(five.problem)
+    assert evaluate(five.problem, y).objective == pytest.approx(38.785966, abs=1e-5)
+    y, bound = heuristics.so_design(five.problem)
+    assert evaluate(five.problem, y).objective == pytest.approx(29.2753, abs=1e-4)
+    assert bound == pytest.approx(26.7217, abs=1e-4)
+
+
+def test_dolmd_finds_the_optimum_of_braess() -> None:
+    """From near it, so that the test is short; from zero it takes some 400 steps."""
+    found = search("braess5", [[0.9, 0.05, 0.05, 0.1, 0.9]], algorithm="dolmd", alpha=0.02)
+    assert evaluate(found.problem, found.y[0].numpy()).objective == pytest.approx(BRAESS_OPTIMUM, abs=2e-5)
+    np.testing.assert_allclose(found.y[0].numpy(), [0.9309, 0.0162, 0.0162, 0, 0.9309], atol=5e-3)
+    y, _ = sensitivity.sab(found.problem, [0.9, 0.05, 0.05, 0.1, 0.9], alpha=0.02, beta=0.0, xi=1e-6)
+    np.testing.assert_allclose(y, [0.9309, 0.0162, 0.0162, 0, 0.9309], atol=1e-3)
+
+
+def test_pigous_toll() -> None:
+    """A toll of one half on the congested link is optimal: alone it makes users share both links."""
+    found = search("pigou", [[0.2, 0.0]], T=10, r=0.5, alpha=0.5, xi=1e-5, eps=1e-5)
+    y = found.y[0].numpy()
+    assert y[0] - y[1] == pytest.approx(0.5, abs=5e-3)
+    assert evaluate(found.problem, y).objective == pytest.approx(0.75, abs=1e-4)
+
+
+def test_nine_nodes_from_marginal_cost_tolls() -> None:
+    problem = make_problem("hearn9")
+    start = heuristics.mct(problem)
+    found = search("hearn9", [start], limit=300)
+    limits = design.bounds(problem)
+    value = evaluate(problem, found.y[0].numpy())
+    assert limits.normalised(value.travel_time) < 0.78
+    best = evaluate(problem, [4.000, 5.118, 1.118])
+    assert best.travel_time == pytest.approx(2401.5032, abs=1e-3)
+    assert limits.normalised(best.travel_time) == pytest.approx(0.7308, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"mirror": "entropic", "alpha": 0.02},
+        {"r": "safe", "T": 10, "advance": "T"},
+        {"r": "auto", "T": 60, "advance": "T"},
+        {"path_schedule": "every"},
+        {"path_schedule": "static_k_shortest"},
+        {"alpha": None, "beta": 10.0},
+    ],
+)
+def test_every_option_improves_on_doing_nothing(knobs: dict[str, Any]) -> None:
+    found = search("braess5", [np.full(5, 0.5)], limit=150, **knobs)
+    assert evaluate(found.problem, found.y[0].numpy()).objective < 30.5
+    assert bool((found.y >= 0).all())
+
+
+def test_an_objective_of_ones_own() -> None:
+    OBJECTIVES["weighted"] = Objective("toll", lambda v: (v.x * v.t).sum(-1) + 0.1 * v.y.square().sum(-1))
+    try:
+        found = search("hearn9", [np.full(3, 2.0)], limit=30, objective="weighted")
+        before = evaluate(found.problem, np.full(3, 2.0)).objective
+        assert evaluate(found.problem, found.y[0].numpy()).objective < before
+    finally:
+        del OBJECTIVES["weighted"]
+
+
+def test_revenue_is_made() -> None:
+    found = search("hearn9", [np.full(3, 1.0)], limit=40, objective="revenue", alpha=0.01)
+    start, end = (evaluate(found.problem, y).objective for y in (np.full(3, 1.0), found.y[0].numpy()))
+    assert end < start < 0
+
+
+def test_k_shortest_paths_are_the_shortest() -> None:
+    n = networks.hearn9()
+    found = k_shortest_paths(n, 3)
+    pi, _ = assignment.ShortestPaths(n)(n.free_flow_time)
+    for w, known in enumerate(found):
+        times = [n.free_flow_time[list(path)].sum() for path in known]
+        assert times == sorted(times)
+        assert times[0] == pytest.approx(pi[w])
+        for path in known:
+            assert n.tail[path[0]] == n.origin[w] and n.head[path[-1]] == n.destination[w]
+            assert all(n.head[a] == n.tail[b] for a, b in pairwise(path))
+
+
+def test_step_sizes_and_schedule() -> None:
+    alpha = torch.tensor([2.0], dtype=torch.float64)
+    assert float(step_size(alpha, 10.0, 0)) == 2.0
+    assert float(step_size(alpha, 10.0, 30)) == 0.5
+    assert float(step_size(alpha, 0.0, 30)) == 2.0
+    wanted = {*range(10), 10, 15, 20, 25, 30, 35, 40, 45, 50, 75, 100}
+    assert {n for n in range(101) if generates(n, "release", "toll")} == wanted
+    assert {n for n in range(101) if generates(n, "release", "capacity")} == wanted - {75}
+    problem = make_problem("braess5", upper=1.0)
+    y, g = torch.full((1, 5), 0.5, dtype=torch.float64), torch.tensor([[1.0, -1.0, 3.0, -9.0, 0.0]]).double()
+    step = torch.tensor([0.25], dtype=torch.float64)
+    euclid = leader_step(problem, y, g, step, "euclidean")
+    torch.testing.assert_close(euclid, torch.tensor([[0.25, 0.75, 0.0, 1.0, 0.5]]).double())
+    entropic = leader_step(problem, y, g, step, "entropic")
+    torch.testing.assert_close(entropic[0, :3], 0.5 * (-0.25 * g[0, :3]).exp())
+
+
+# Baselines --------------------------------------------------------------------------------------------------
+
+
+def test_toll_rules() -> None:
+    problem = make_problem("hearn9")
+    so = assignment.system_optimum(problem.network, gap=1e-10)
+    tolls = assignment.marginal_cost_tolls(problem.network, so.x)
+    np.testing.assert_allclose(heuristics.mct(problem), tolls[problem.links], rtol=1e-3)
+    base = evaluate(problem, np.zeros(3)).objective
+    assert evaluate(problem, heuristics.ct(problem)).objective <= base + 1e-6
+    # With every link tolled, marginal-cost tolls are a fixed point of the multiplicative rule.
+    whole = make_problem("hearn9", links=list(range(18)))
+    np.testing.assert_allclose(heuristics.emcdt(whole, iterations=30), heuristics.mct(whole), atol=1e-2)
+    with pytest.raises(ConfigError, match="mct sets tolls"):
+        heuristics.mct(make_problem("braess5"))
+    with pytest.raises(ConfigError, match="ioa sets"):
+        heuristics.ioa(problem)
+
+
+def test_the_best_capacity_at_fixed_flows() -> None:
+    problem = make_problem("braess5")
+    x = np.array([3.5, 2.4, 0.0, 1.0, 3.5])
+    y = heuristics.best_capacity(problem, x)
+    n = problem.network
+
+    def value(z: np.ndarray[Any, Any]) -> float:
+        return float(
+            (x * n.free_flow_time * (1 + n.b * (x / (n.capacity + z)) ** 4)).sum()
+            + (problem.cost * z * z).sum()
+        )
+
+    assert y[2] == 0
+    for i in range(5):
+        for h in (1e-4, -1e-4):
+            moved = y.copy()
+            moved[i] = max(moved[i] + h, 0.0)
+            assert value(moved) >= value(y) - 1e-12
+    free = make_problem("braess5", cost=[0, 1, 1, 1, 1])
+    with pytest.raises(ConfigError, match="costs nothing"):
+        heuristics.best_capacity(free, x)
+
+
+def test_blind_search_finds_what_is_known() -> None:
+    y = heuristics.annealing(make_problem("pigou"), top=1.0, evaluations=200)
+    assert evaluate(make_problem("pigou"), y).objective == pytest.approx(0.75, abs=1e-3)
+
+
+# Through RLlib ----------------------------------------------------------------------------------------------
+
+
+def config(**knobs: Any) -> Any:
+    return StackelbergCongestionConfig().training(**knobs).debugging(seed=0, log_level="ERROR")
+
+
+def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
+    algorithm = config(network="hearn9", eval_every=10).build_algo()
+    for _ in range(5):
+        algorithm.train()
+    restored = StackelbergCongestion.from_checkpoint(algorithm.save_to_path(str(tmp_path / "checkpoint")))
+    for _ in range(15):
+        result, again = algorithm.train(), restored.train()
+    assert torch.equal(algorithm.search.y, restored.search.y)
+    assert result["unrolled"] == again["unrolled"]
+    assert result["objective"] < result["no_design"]
+    assert result["normalised"] < 1
+    assert algorithm.figures(tmp_path) == ["network.png"]
+    assert (tmp_path / "network.png").stat().st_size > 10_000
+    policy = load_policy(export_policy(algorithm, tmp_path / "policy"))
+    problem = algorithm.problem
+    best = int(algorithm.objectives.argmin())
+    y = algorithm.search.y[best].numpy()
+    # Without a design the trained one is used.
+    answer = answer_request(policy, {})
+    wanted = evaluate(problem, y)
+    assert answer["objective"] == pytest.approx(wanted.objective)
+    assert answer["total_travel_time"] == pytest.approx(wanted.travel_time)
+    assert answer["relative_gap"] < 1e-8
+    np.testing.assert_allclose(policy.act(np.full(4, np.nan)), y)
+    # A design and a demand of one's own.
+    answer = answer_request(policy, {"design": {"tolls": {"7-3": 4.0}}, "demand_scale": 1.1})
+    row = problem.link_names.index("7-3")
+    given = np.eye(3)[row] * 4.0
+    wanted = evaluate(problem, given, demand=1.1)
+    assert answer["objective"] == pytest.approx(wanted.objective)
+    flows = dict(zip(problem.network.link_names, wanted.x, strict=True))
+    assert answer["link_flows"]["2-5"] == pytest.approx(flows["2-5"], abs=0.02)
+    assert set(answer["link_times"]) == set(problem.network.link_names)
+    report = design_report(policy)
+    assert report["tolls"] == pytest.approx(dict(zip(problem.link_names, y, strict=True)))
+    assert report["baseline"] == pytest.approx(2455.869888, rel=1e-6)
+    assert algorithm.start_names[best] in report["note"]
+    assert set(report["objectives_of_starts"]) == {"zero", "mct"}
+    assert np.isfinite(policy.example()["answer"]["objective"])
+    # The same as a mechanism of the service.
+    client = TestClient(create_app(LocalBackend({"tolls": str(tmp_path / "policy")}), None))
+    path = "/v1/mechanisms/tolls/run"
+    served = client.post(
+        path, json={"reports": {"design": {"tolls": {"7-3": 4.0}}, "demand_scale": 1.1}}
+    ).json()
+    assert served["outcome"]["objective"] == pytest.approx(wanted.objective)
+    assert served["payments"]["7-3"] == pytest.approx(4.0 * flows["7-3"], abs=0.1)
+    assert served["payments"]["2-5" if "2-5" in problem.link_names else problem.link_names[0]] == 0
+    assert served["audit"]["relative_gap"] < 1e-8
+    trained = client.post(path, json={"reports": {}}).json()
+    assert trained["outcome"]["objective"] == pytest.approx(evaluate(problem, y).objective)
+    assert trained["audit"]["design"]["tolls"] == pytest.approx(report["tolls"])
+    for reports, field in (
+        ({"design": {"tolls": {"9-9": 1.0}}}, "reports.design.tolls.9-9"),
+        ({"design": {"tolls": {"7-3": -1.0}}}, "reports.design.tolls.7-3"),
+        ({"demand_scale": 0}, "reports.demand_scale"),
+    ):
+        refused = client.post(path, json={"reports": reports})
+        assert refused.status_code == 422 and refused.json()["error"]["param"].startswith("reports"), field
+        assert refused.json()["error"]["message"].startswith(field)
+    for request, says in (
+        ({"design": {"tolls": {"1-9": 1.0}}}, "'1-9' is no candidate link"),
+        ({"design": {"capacity_add": {"7-3": 1.0}}}, "sets tolls, not capacity_add"),
+        ({"design": {"tolls": {"7-3": -1.0}}}, "link 7-3 is not feasible"),
+        ({"design": {"tolls": {"7-3": "x"}}}, "design.tolls.7-3 is 'x'"),
+        ({"design": {"prices": {}}}, "'prices' is unknown"),
+        ({"demand_scale": 0.0}, "demand_scale is 0"),
+        ({"demands": 1}, "'demands' is unknown"),
+    ):
+        with pytest.raises(DataError, match=says):
+            answer_request(policy, request)
+    for each in (algorithm, restored):
+        each.stop()
+
+
+@pytest.mark.parametrize("knobs", [{}, {"algorithm": "dolmd", "network": "hearn9", "r": 0.01}])
+def test_learners_share_the_scenarios(ray_session: None, knobs: dict[str, Any]) -> None:
+    """Three scenarios on one learner, or on two: the same designs."""
+    found = []
+    for learners in (0, 2):
+        c = config(scenarios=3, spread=0.2, eval_every=100, **knobs).learners(num_learners=learners)
+        algorithm = c.build_algo()
+        for _ in range(3):
+            result = algorithm.train()
+        found.append((algorithm.search.y, algorithm.search.logits, result["unrolled"]))
+        algorithm.stop()
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-9)
+    assert float(found[0][0].abs().max()) > 0
+
+
+def test_tasks_share_shortest_paths_and_judgements(ray_session: None) -> None:
+    found = []
+    for workers in (0, 2):
+        algorithm = config(network="hearn9", workers=workers, init=["zero", [1.0, 1.0, 1.0]]).build_algo()
+        for _ in range(3):
+            result = algorithm.train()
+        found.append((algorithm.search.y, algorithm.search.paths.listed(), result["objective"]))
+        algorithm.stop()
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-7)
+
+
+def test_scenarios_average(ray_session: None) -> None:
+    """The gradient of three scenarios is the mean of theirs."""
+    algorithm = config(scenarios=3, spread=0.3, init=[[0.5, 0.5, 0.5, 0.5, 0.5]]).build_algo()
+    work = algorithm.search.ask()
+    alone = [
+        anticipate(
+            algorithm.problem,
+            algorithm.search.paths.flat(),
+            work["demand"][s],
+            work["y"][s],
+            work["logits"][s],
+            work["r"][s][:, None],
+            **algorithm.search.options(),
+        ).gradient
+        for s in range(3)
+    ]
+    algorithm.training_step()
+    step = 0.005
+    wanted = (0.5 - step * torch.stack(alone).mean(0)).clamp_min(0)
+    torch.testing.assert_close(algorithm.search.y, wanted)
+    assert len(set(algorithm.factors)) == 3
+    algorithm.stop()
+
+
+# Bad input --------------------------------------------------------------------------------------------------
+
+
+def test_zero_anticipation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero anticipation is perilous"):
+        config(T=0)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"network": "hearn9", "links": ["1-9"]}, "has no link '1-9'"),
+        ({"network": "hearn9", "links": [99]}, "rows are 0 to 17"),
+        ({"cost": [1, -2, 3, 0.5, 1]}, "investment cost of link 1-3 is -2"),
+        ({"init": [[-1, 0, 0, 0, 0]]}, "init.0.: -1 on link 1-2 is not feasible"),
+        ({"init": [[0, 0]]}, "a design has 5 numbers"),
+        ({"init": ["mct"]}, "mct sets tolls"),
+        ({"init": ["warm"]}, "'warm' is neither zero"),
+        ({"init": [[0, 0, 0, 0, 0]], "mirror": "entropic"}, "needs a design above 0"),
+        ({"upper": 0.5, "init": [[1, 0, 0, 0, 0]]}, "at most 0.5"),
+        ({"network": "/nowhere/at/all"}, "NAME_net.tntp and NAME_trips.tntp"),
+        ({"network": "nowhere"}, "neither one of"),
+    ],
+)
+def test_what_is_refused(knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=says):
+        config(**knobs).validate()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"r": -1.0}, "auto, safe, or a number above 0"),
+        ({"r": "fast"}, "auto, safe, or a number above 0"),
+        ({"advance": "two"}, "'one' or 'T'"),
+        ({"objective": "welfare"}, "one of cndp, sctp, revenue"),
+        ({"T": 1.5, "eta": -1.0}, "out of range"),
+        ({"aplha": 1.0}, "alpha"),
+    ],
+)
+def test_settings_out_of_range(knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config(**knobs)
+
+
+def test_a_rate_that_is_too_large_is_named() -> None:
+    """Near equilibrium, one step at 30 throws all users onto one path: gap and potential rise.  Five such looks ahead in a row are refused."""
+    problem, paths = instance("braess5")
+    demand = torch.from_numpy(problem.network.demand)[None]
+    flat, none = paths.flat(), torch.zeros(1, 5, dtype=torch.float64)
+    ue = evaluate(problem, np.zeros(5)).assignment
+    flows = dict(zip(ue.paths[0], ue.flows[0].tolist(), strict=True))
+    near = torch.tensor([[flows[path] for _, path in paths.listed()]], dtype=torch.float64).log()
+    near[0, 0] += 0.1
+    for r, rose in ((30.0, True), (0.05, False)):
+        rate = torch.full((1, 1), r, dtype=torch.float64)
+        found = anticipate(problem, flat, demand, none, near, rate, T=1)
+        assert bool(found.rose) is rose
+    stuck = search("braess5", [np.zeros(5)], limit=1, r=30.0)
+    work, bad = stuck.ask(), torch.ones(1, 1, dtype=torch.bool)
+    stuck.worse.zero_()
+    for _ in range(4):
+        stuck._watch(bad, work["r"])
+    with pytest.raises(TrainingFault, match=r"five times in a row.*reduce r \(it is 30; r=auto gives 0\.0"):
+        stuck._watch(bad, work["r"])
+
+
+def test_a_run_leaves_its_figure(ray_session: None, tmp_path: Path) -> None:
+    run = running.train(config(), stop={"iterations": 3}, out=tmp_path, track=False)
+    assert [file.name for file in run.figures] == ["network.png"]
+    assert run.figures[0].is_file()
+    assert run.last["objective"] < run.last["no_design"]
+
+
+# Sioux Falls ------------------------------------------------------------------------------------------------
+
+
+def test_sioux_falls_improves(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (FOLDER / "SiouxFalls_net.tntp").is_file():
+        pytest.skip(f"no SiouxFalls_net.tntp in {FOLDER}: set MOBULA_SIOUXFALLS to its folder")
+    monkeypatch.setenv("MOBULA_SIOUXFALLS", str(FOLDER))
+    found = search("siouxfalls", [np.zeros(10)], limit=40)
+    assert found.problem.link_names[:2] == ["6-8", "7-8"] or len(found.problem.link_names) == 10
+    value = evaluate(found.problem, found.y[0].numpy(), gap=1e-6).objective
+    assert 77.699 < value < 82.0
+    assert len(found.paths) > found.problem.network.num_ods
+
+
+def test_the_experiment_says_why_sioux_falls_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOBULA_SIOUXFALLS", raising=False)
+    plan = stackelberg_experiment.experiment()
+    assert "Sioux Falls was not run" in plan.notes
+    assert all(not task.startswith("siouxfalls") for arm in plan.arms for task in plan.arm(arm).tasks)
