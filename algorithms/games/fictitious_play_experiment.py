@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from mobula.algorithms.games.baselines.ind_q import IndependentQ
 from mobula.algorithms.games.baselines.nash_vi import NashVI
 from mobula.algorithms.games.fictitious_play_po import (
     FictitiousPlayPOConfig,
     Play,
+    make_play,
     uniforms,
 )
 from mobula.envs.games import exact, tabular
@@ -40,16 +42,21 @@ def run(
     knobs = config.knobs()
     for unused in ("game", "instance", "mixture", "report_every"):
         knobs.pop(unused)
-    play = player(game, **{**knobs, "episodes": K}, adversary=adversary)
+    m = knobs["episodes_per_iteration"]
+    iterations = K // m
+    more = {"adversary": True} if adversary else {}
+    play = make_play(game, {**knobs, "episodes": iterations}, tuple(seeds), player, **more)
     H = play.mu.shape[1]
-    uniform_gap = exact.gap(game, play.mu, play.nu)[0]
-    u = uniforms(seeds, K, H)
-    marks = {round(K * (i + 1) / POINTS) for i in range(POINTS)} | {K // 4, K // 2, K}
+    uniform_gap = exact.gap(game, *(torch.full_like(p, 1 / p.shape[-1]) for p in (play.mu, play.nu)))[0]
+    u = uniforms(seeds, K, H).unflatten(1, (iterations, m))
+    marks = {round(iterations * (i + 1) / POINTS) for i in range(POINTS)}
+    marks |= {iterations // 4, iterations // 2, iterations}
     curve: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    for k in range(K):
+    for k in range(iterations):
         play.episode(u[:, k])
         if k + 1 in marks:
-            curve.append((k + 1, *play.regrets()))
+            first, second = play.regrets()
+            curve.append(((k + 1) * m, m * first, m * second))
     mu, nu = play.averages()
     gap, upper, lower = exact.gap(game, mu, nu)
     value = exact.value(game, mu, nu)
@@ -63,7 +70,7 @@ def run(
             {
                 "regret": total,
                 "regret_1": float(by_step[K][1][i]),
-                "regret_half": float(by_step[K // 2][0][i]),
+                "regret_half": float(by_step[iterations // 2 * m][0][i]),
                 "gap": float(gap[i]),
                 "gap_over_uniform": float(gap[i] / uniform_gap[i]),
                 "identity_error": abs(total / K - float(gap[i])),
@@ -85,6 +92,11 @@ def attacked(config: Any, task: Task, seeds: Sequence[int]) -> list[dict[str, An
 def centralised(config: Any, task: Task, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Optimistic Nash value iteration."""
     return run(config, task, seeds, player=NashVI)
+
+
+def independent(config: Any, task: Task, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Independent Q-learning, both players."""
+    return run(config, task, seeds, player=IndependentQ)
 
 
 def growth(metric: str, arm: str, short: str, long: str) -> Any:
@@ -182,6 +194,9 @@ def experiment() -> Experiment:
             "fp": arm(),
             "fp_attacked": Arm(FictitiousPlayPOConfig(), run=attacked, tasks=single),
             "nash_vi": Arm(FictitiousPlayPOConfig(), run=centralised, tasks=("II_1000",)),
+            # Networks need batches: 40 episodes with one pair, so a fortieth of the updates.
+            "networks": arm(approximation="networks", episodes_per_iteration=40, lr=3e-3),
+            "ind_q": Arm(FictitiousPlayPOConfig(), run=independent),
             "no_bonus": arm(bonus_scale=0.0),
             "no_reach": arm(weigh=False),
             "theory_bonus": arm(bonus_scale=1.0),
@@ -198,8 +213,9 @@ def experiment() -> Experiment:
                 "uniform": "uniform play",
                 "theory_bonus": "theory's bonuses",
                 "nash_vi": "Nash VI",
+                "ind_q": "independent Q-learning",
             },
-            arms=("fp", "no_bonus", "no_reach", "theory_bonus", "uniform", "nash_vi"),
+            arms=("fp", "no_bonus", "no_reach", "theory_bonus", "uniform", "nash_vi", "ind_q", "networks"),
         ),
         notes=(
             "The specification states claim 1 as a ratio of at most 2.6 with an interval below 3.2; the criterion is the latter, the"

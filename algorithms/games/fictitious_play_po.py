@@ -55,6 +55,20 @@ class Counts:
             torch.zeros_like(game.r), torch.zeros_like(game.r), [torch.zeros_like(P) for P in tables]
         )
 
+    def add(self, seen: Trajectories) -> None:
+        """Counts every step of the episodes, in place."""
+        N, m, H = seen.a.shape
+        rows, h = torch.arange(N)[:, None, None].expand(N, m, H), torch.arange(H).expand(N, m, H)
+        i, j, new_i, new_j = seen.i[..., :-1], seen.j[..., :-1], seen.i[..., 1:], seen.j[..., 1:]
+        factored = len(self.moves) == 2
+        where = (rows, h, i, j, seen.a, seen.b) if factored else (rows, h, i, seen.a, seen.b)
+        one = torch.ones_like(seen.reward)
+        self.visits.index_put_(where, one, accumulate=True)
+        self.rewards.index_put_(where, seen.reward, accumulate=True)
+        self.moves[0].index_put_((rows, h, i, seen.a, new_i), one, accumulate=True)
+        if factored:
+            self.moves[1].index_put_((rows, h, j, seen.b, new_j), one, accumulate=True)
+
     def model(self) -> tuple[Tensor, list[Tensor]]:
         """(mean rewards, 0 where nothing was seen; kernels, uniform where nothing was seen)."""
         r = self.rewards / self.visits.clamp_min(1.0)
@@ -188,38 +202,42 @@ def pick(p: Tensor, u: Tensor) -> Tensor:
     return (p.cumsum(-1) <= u.unsqueeze(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
 
 
-def play_episode(game: Game, mu: Tensor, nu: Tensor, u: Tensor, counts: Counts) -> Tensor:
-    """One episode of every instance with Bernoulli rewards, added to `counts` in place; returns the total rewards [N].
-
-    u [N, H, 5] uniform: draws of a, b, reward and the moves.
+@dataclass
+class Trajectories:
+    """m episodes of N instances: own states of both players (of setting II the one state, twice) [N, m, H + 1], actions a, b and
+    rewards [N, m, H].
     """
-    n, H = u.shape[0], u.shape[1]
-    rows = torch.arange(n)
-    total = torch.zeros(n, dtype=torch.float64)
-    if isinstance(game, FactoredGame):
-        i, j = (torch.full((n,), s) for s in game.start)
-    else:
-        i = torch.full((n,), game.start)
-        j = i
+
+    i: Tensor
+    j: Tensor
+    a: Tensor
+    b: Tensor
+    reward: Tensor
+
+
+def play_episodes(game: Game, mu: Tensor, nu: Tensor, u: Tensor) -> Trajectories:
+    """Episodes of every instance with a frozen pair and Bernoulli rewards; u [N, m, H, 5] uniform: draws of a, b, reward, moves."""
+    N, m, H = u.shape[:3]
+    rows = torch.arange(N).unsqueeze(1)
+    starts = game.start if isinstance(game, FactoredGame) else (game.start, game.start)
+    i, j = (torch.full((N, m), s) for s in starts)
+    states: list[tuple[Tensor, Tensor]] = [(i, j)]
+    moves: list[tuple[Tensor, Tensor, Tensor]] = []
     for h in range(H):
-        a = pick(mu[rows, h, i], u[:, h, 0])
-        b = pick(nu[rows, h, j], u[:, h, 1])
+        a = pick(mu[rows, h, i], u[:, :, h, 0])
+        b = pick(nu[rows, h, j], u[:, :, h, 1])
         where = (rows, h, i, j, a, b) if isinstance(game, FactoredGame) else (rows, h, i, a, b)
-        reward = (u[:, h, 2] < game.r[where]).double()
-        total += reward
-        counts.visits[where] += 1.0
-        counts.rewards[where] += reward
+        moves.append((a, b, (u[:, :, h, 2] < game.r[where]).double()))
         if isinstance(game, FactoredGame):
-            new_i = pick(game.P1[rows, h, i, a], u[:, h, 3])
-            new_j = pick(game.P2[rows, h, j, b], u[:, h, 4])
-            counts.moves[1][rows, h, j, b, new_j] += 1.0
-            counts.moves[0][rows, h, i, a, new_i] += 1.0
-            i, j = new_i, new_j
+            i, j = (
+                pick(game.P1[rows, h, i, a], u[:, :, h, 3]),
+                pick(game.P2[rows, h, j, b], u[:, :, h, 4]),
+            )
         else:
-            new_i = pick(game.P[rows, h, i, a], u[:, h, 3])
-            counts.moves[0][rows, h, i, a, new_i] += 1.0
-            i = j = new_i
-    return total
+            i = j = pick(game.P[rows, h, i, a], u[:, :, h, 3])
+        states.append((i, j))
+    first, second = (torch.stack(parts, -1) for parts in zip(*states, strict=True))
+    return Trajectories(first, second, *(torch.stack(parts, -1) for parts in zip(*moves, strict=True)))
 
 
 def best_reply(game: SingleControllerGame, mu: Tensor) -> Tensor:
@@ -232,6 +250,8 @@ class Play:
     """Both players in N instances: policies, counts, averages and hindsight.
 
     adversary  player 2 answers mu of the episode before with a best reply in place of learning (setting II)
+    episodes_per_iteration  m: episodes that are played with one pair before both players make one step, m times as long; `k`,
+               `episodes` and the horizon of the bonuses count iterations
     """
 
     def __init__(
@@ -245,9 +265,11 @@ class Play:
         delta: float = 0.1,
         schedule: str = "fixed_K",
         policy_feedback: str = "observed",
+        episodes_per_iteration: int = 1,
         weigh: bool = True,
         adversary: bool = False,
     ) -> None:
+        self.m = episodes_per_iteration
         self.game, self.K, self.eta_mult = game, episodes, eta_mult
         self.factored = isinstance(game, FactoredGame)
         self.gamma_mult = gamma_mult if gamma_mult is not None else (4.0 if self.factored else 1.0)
@@ -266,11 +288,25 @@ class Play:
         self.bounds = torch.zeros(2, self.mu.shape[0], dtype=torch.float64)
 
     def episode(self, u: Tensor) -> Tensor:
-        """Plays, records, updates both players from the same pair; returns the rewards of the episode [N]."""
-        game, mu, nu = self.game, self.mu, self.nu
-        self._record(mu, nu)
-        total = play_episode(game, mu, nu, u, self.counts)
+        """Plays, records, updates both players from the same pair; returns the mean reward of the episodes [N].
+
+        u [N, H, 5], or [N, m, H, 5] for m episodes.
+        """
+        self._record(self.mu, self.nu)
+        seen = play_episodes(self.game, self.mu, self.nu, u if u.ndim == 4 else u.unsqueeze(1))
+        self.counts.add(seen)
         self.k += 1
+        self._update(seen)
+        if self.schedule == "doubling" and (self.k + 1) & self.k == 0:
+            self._restart()
+        return seen.reward.sum(-1).mean(-1)
+
+    def _restart(self) -> None:
+        self.mu, self.nu = (torch.full_like(p, 1.0 / p.shape[-1]) for p in (self.mu, self.nu))
+
+    def _update(self, seen: Trajectories) -> None:
+        """Both players' steps from the pair that played; baselines put theirs in its place."""
+        game, mu, nu = self.game, self.mu, self.nu
         K = self._horizon()
         seen_nu, seen_mu = (nu, mu) if self.feedback == "observed" else self._estimated()
         common: dict[str, Any] = {
@@ -284,16 +320,13 @@ class Play:
         if self.feedback == "estimated":
             _, second, low, _ = gains(self.counts, seen_mu, nu, game.start, **common)
         self.bounds = torch.stack([low, high])
-        eta, gamma = step_sizes(game, K, self.eta_mult, self.gamma_mult)
+        eta, gamma = (self.m * step for step in step_sizes(game, K, self.eta_mult, self.gamma_mult))
         self.mu = mirror_step(mu, first, eta)
         if self.adversary:
             assert isinstance(game, SingleControllerGame)
             self.nu = best_reply(game, mu)
         else:
             self.nu = mirror_step(nu, second, -gamma)
-        if self.schedule == "doubling" and (self.k + 1) & self.k == 0:
-            self.mu, self.nu = (torch.full_like(p, 1.0 / p.shape[-1]) for p in (mu, nu))
-        return total
 
     def _horizon(self) -> int:
         """K of the step sizes and bonuses: known, the end of the present epoch of 2^j episodes, or the present episode."""
@@ -410,7 +443,6 @@ class FictitiousPlayPOConfig(MethodConfig):
     headline = ("duality_gap", "duality gap of the averaged pair")
     rejected = {
         "gamma": "the game has a finite horizon without discount (the step of player 2 is gamma_mult)",
-        "lr": "the steps are eta_mult and gamma_mult times the theory's",
     }
 
     game = hyperparameter(
@@ -449,6 +481,22 @@ class FictitiousPlayPOConfig(MethodConfig):
     weigh = hyperparameter(
         True, None, "weigh the steps by the probability of reaching a state (False: ablation)"
     )
+    episodes_per_iteration = hyperparameter(
+        1,
+        tune.choice([1, 8, 64]),
+        "episodes with one pair; counts add, then both make one step, this many times as long (K counts iterations)",
+        low=1,
+    )
+    approximation = hyperparameter(
+        "tables",
+        None,
+        "the method itself, or networks with PPO steps in place of mirror steps",
+        choices=["tables", "networks"],
+    )
+    clip_ppo = hyperparameter(0.2, tune.choice([0.1, 0.2, 0.3]), "clip of PPO (networks)", low=0.0)
+    lr = hyperparameter(3e-4, tune.loguniform(1e-5, 1e-3), "step size of Adam (networks)", low=0.0)
+    epochs = hyperparameter(10, tune.choice([1, 4, 10]), "gradient steps an iteration (networks)", low=1)
+    hidden = hyperparameter([64, 64], None, "hidden widths (networks)")
     mixture = hyperparameter("average", None, "the pair that is exported", choices=["average", "last"])
     report_every = hyperparameter(50, None, "episodes of a training iteration (of reports)", low=1)
 
@@ -508,7 +556,13 @@ class FictitiousPlayModule(TensorModule):
         self.register_buffer("value_bounds", torch.zeros(2, dtype=torch.float64))
 
     def _probabilities(self, obs: Tensor) -> Tensor:
-        role, h, state = obs.long().unbind(-1)
+        limits = torch.tensor(self.policy.shape[:3])
+        index = obs.long()
+        if bool(((index < 0) | (index >= limits) | (index != obs)).any()):
+            raise DataError(
+                f"obs is [role, h, own state], whole numbers below {limits.tolist()}; got {obs.tolist()}"
+            )
+        role, h, state = index.unbind(-1)
         found: Tensor = self.policy[role, h, state]
         return found
 
@@ -545,17 +599,21 @@ class FictitiousPlayPO(Method, config=FictitiousPlayPOConfig):
         game = tabular.make_game(knobs.pop("game"), knobs.pop("instance"))
         for name in ("mixture", "report_every"):
             knobs.pop(name)
-        self.play = Play(tabular.stack([game]), **knobs)
+        seed = torch.seed() % 2**31 if self.config.seed is None else int(self.config.seed)
+        self.play = make_play(tabular.stack([game]), knobs, (seed,))
         self.generator = torch.Generator()
-        self.generator.manual_seed(torch.seed() if self.config.seed is None else int(self.config.seed))
+        self.generator.manual_seed(seed)
 
     def training_step(self) -> None:
         play, H = self.play, self.play.mu.shape[1]
+        m = self.config.episodes_per_iteration
         left = self.config.episodes - play.k
         total = 0.0
         count = min(self.config.report_every, left)
         for _ in range(count):
-            total += float(play.episode(torch.rand(1, H, 5, dtype=torch.float64, generator=self.generator)))
+            total += float(
+                play.episode(torch.rand(1, m, H, 5, dtype=torch.float64, generator=self.generator))
+            )
         pair = play.averages() if self.config.mixture == "average" else (play.mu, play.nu)
         policy = torch.zeros_like(self.rl_module.policy)
         for role, table in enumerate(pair):
@@ -589,6 +647,27 @@ class FictitiousPlayPO(Method, config=FictitiousPlayPOConfig):
         from mobula.algorithms.games.fictitious_play_experiment import experiment
 
         return experiment()
+
+
+def make_play(
+    game: Game, knobs: dict[str, Any], seeds: tuple[int, ...], player: type[Play] = Play, **more: Any
+) -> Play:
+    """The play that a config's knobs describe: tables, or networks with one seed an instance."""
+    knobs = dict(knobs)
+    network = {name: knobs.pop(name) for name in ("approximation", "clip_ppo", "lr", "epochs", "hidden")}
+    if network["approximation"] == "tables":
+        return player(game, **knobs, **more)
+    from mobula.algorithms.games.fictitious_play_neural import NeuralPlay
+
+    return NeuralPlay(
+        game,
+        **knobs,
+        clip=network["clip_ppo"],
+        lr=network["lr"],
+        epochs=network["epochs"],
+        hidden=tuple(network["hidden"]),
+        seeds=seeds,
+    )
 
 
 def uniforms(seeds: Sequence[int], episodes: int, steps: int) -> Tensor:

@@ -17,18 +17,17 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from gymnasium import spaces
 from ray import tune
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torch import Tensor
 
-from mobula.envs.meanfield import lq_teams, riccati
+from mobula.algorithms.meanfield.teams import LQTeamsConfig, LQTeamsModule
+from mobula.envs.meanfield import riccati
 from mobula.envs.meanfield.lq_teams import LQGame, LQTeams
-from mobula.errors import ConfigError, TrainingFault
+from mobula.errors import TrainingFault
 from mobula.learning.learners import Learner
-from mobula.learning.modules import TensorModule
-from mobula.method import Method, MethodConfig, hyperparameter
+from mobula.method import Method, hyperparameter
+from mobula.metrics import gather
 
 logger = logging.getLogger("mobula")
 
@@ -205,10 +204,8 @@ def _discard_the_diverged(K: Tensor) -> None:
 
 # Config, module, learner ------------------------------------------------------------------------------------
 
-GAMES = {"G1": lq_teams.g1, "G2": lq_teams.g2, "G3": lq_teams.g3}
 
-
-class MRPGConfig(MethodConfig):
+class MRPGConfig(LQTeamsConfig):
     """Team games of very many agents by backward natural policy gradient (Zaman et al. 2024, arXiv 2403.11345)."""
 
     citation = """@article{zaman2024independent,
@@ -225,18 +222,12 @@ class MRPGConfig(MethodConfig):
         " where the stage matrices have an eigenvalue with a negative real part independent gradients diverge although an"
         " equilibrium exists: the certificate tells."
     )
-    needs_env = False
     default_stop = {"sweep": 1.0}
-    headline = ("error", "largest error of a learned gain")
     rejected = {
         "gamma": "the game has a finite horizon without discount",
         "lr": "the step is eta",
     }
 
-    game = hyperparameter("G1", None, "G1, G2, G3, or the path of a game (.npz or .json)")
-    horizon = hyperparameter(None, None, "steps of the game (default: 5, 10 and 20 for G1, G2, G3)", low=1)
-    rho = hyperparameter(1.0, None, "spectral radius of A in G1", low=0.0)
-    instance = hyperparameter(0, None, "seed of G2", low=0)
     eta = hyperparameter(0.05, tune.loguniform(1e-3, 0.5), "step of the natural gradient", low=0.0)
     inner_iters = hyperparameter(100, tune.choice([50, 100, 300]), "gradient steps at each time", low=1)
     batch = hyperparameter(1000, tune.choice([200, 1000, 10000]), "perturbations of a gradient step", low=2)
@@ -251,12 +242,6 @@ class MRPGConfig(MethodConfig):
         tune.choice(["one_point", "baseline", "antithetic"]),
         "the paper's one-point estimate, with the batch mean as baseline, or in pairs K + e, K - e on common shocks",
         choices=["one_point", "baseline", "antithetic"],
-    )
-    sigma_y = hyperparameter(
-        1.0, tune.loguniform(0.1, 10), "scale of the reset covariance of deviations", low=1e-9
-    )
-    sigma_xbar = hyperparameter(
-        1.0, tune.loguniform(0.1, 10), "scale of the reset covariance of means", low=1e-9
     )
     warm_start = hyperparameter(False, tune.choice([False, True]), "begin a step from the next step's gains")
     shared_rollouts = hyperparameter(
@@ -274,67 +259,17 @@ class MRPGConfig(MethodConfig):
     )
     report_every = hyperparameter(10, None, "gradient steps of a training iteration (of reports)", low=1)
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class)
-        self._spaces_of(self.teams())
-
-    def _spaces_of(self, teams: LQTeams) -> None:
-        n, p = teams.games.A.shape[-1], teams.games.B.shape[-1]
-        high = np.array(
-            [teams.games.players - 1, teams.games.horizon - 1, *[np.inf] * (2 * n)], dtype=np.float64
-        )
-        low = np.array([0, 0, *[-np.inf] * (2 * n)], dtype=np.float64)
-        self.environment(
-            observation_space=spaces.Box(low, high, dtype=np.float64),
-            action_space=spaces.Box(-np.inf, np.inf, (p,), np.float64),
-        )
-
-    def training(self, **kwargs: Any) -> Any:
-        super().training(**kwargs)
-        if {"game", "horizon"} & set(kwargs):
-            self._spaces_of(self.teams())
-        return self
-
-    def teams(self) -> LQTeams:
-        """The game that is played."""
-        if self.game == "G1":
-            made = lq_teams.g1(int(self.horizon or 5), self.rho)
-        elif self.game == "G2":
-            made = lq_teams.g2(self.instance, int(self.horizon or 10))
-        elif self.game == "G3":
-            made = lq_teams.g3(int(self.horizon or 20))
-        elif self.game.endswith((".npz", ".json")):
-            made = lq_teams.load_game(self.game)
-        else:
-            raise ConfigError(
-                f"MRPGConfig: game is {self.game!r}; it is one of {', '.join(GAMES)} or a .npz or .json file"
-            )
-        scale = torch.tensor([self.sigma_y, self.sigma_xbar], dtype=torch.float64)
-        return LQTeams(**{**vars(made), "reset": made.reset * scale[:, None, None]})
-
     def get_default_learner_class(self) -> Any:
         return MRPGLearner
 
-    def get_default_rl_module_spec(self) -> RLModuleSpec:
-        games = self.teams().games
-        sizes = {
-            "players": games.players,
-            "horizon": games.horizon,
-            "p": games.B.shape[-1],
-            "n": games.A.shape[-1],
-        }
-        return RLModuleSpec(module_class=MRPGModule, model_config=sizes)
-
-    @property
-    def _model_config_auto_includes(self) -> dict[str, Any]:
-        return {}
+    def module_class(self) -> type[LQTeamsModule]:
+        return MRPGModule
 
 
-class MRPGModule(TensorModule):
+class MRPGModule(LQTeamsModule):
     """Linear policies u = -K_t (x - xbar) - Kbar_t xbar of every team.
 
-    Observation [team, t, x (n), xbar (n)], team from 0; the action is the team's stacked input [p].  Buffers: K
-    [2, N, T, p, n] (deviation, mean), value [2, N, T + 1, n, n] of these gains.
+    Buffers: K [2, N, T, p, n] (deviation, mean), value [2, N, T + 1, n, n] of these gains.
     """
 
     K: Tensor
@@ -350,20 +285,14 @@ class MRPGModule(TensorModule):
             torch.zeros(2, c["players"], c["horizon"] + 1, c["n"], c["n"], dtype=torch.float64),
         )
 
-    def _read(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n = self.K.shape[-1]
-        team, t = obs[..., 0].long(), obs[..., 1].long()
-        x, mean = obs[..., 2 : 2 + n].double(), obs[..., 2 + n :].double()
-        return team, t, x - mean, mean
-
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        team, t, y, mean = self._read(batch[Columns.OBS])
+        team, t, y, mean = self.read(batch[Columns.OBS])
         u = -torch.einsum("...pn,...n->...p", self.K[0][team, t], y)
         return {Columns.ACTIONS: u - torch.einsum("...pn,...n->...p", self.K[1][team, t], mean)}
 
     def served(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """gain, gain_bar [B, p, n] and value [B], the cost to go without noise."""
-        team, t, y, mean = self._read(batch[Columns.OBS])
+        team, t, y, mean = self.read(batch[Columns.OBS])
         P = self.value[:, team, t]
         parts = [torch.einsum("bn,bnm,bm->b", z, P[k], z) for k, z in enumerate((y, mean))]
         return {"gain": self.K[0][team, t], "gain_bar": self.K[1][team, t], "value": parts[0] + parts[1]}
@@ -477,7 +406,7 @@ class MRPG(Method, config=MRPGConfig):
                 self._work.remote(teams, self.K, t, words[i::workers], sizes[i::workers], knobs)
                 for i in range(min(workers, len(sizes)))
             ]
-            answers = ray.get(calls)
+            answers = gather(calls, "rollouts")
             # In the order of the chunks, so that sums do not depend on the number of workers.
             parts = [answers[i % workers][i // workers] for i in range(len(sizes))]
         sums = tuple(torch.stack(part).sum(0) for part in zip(*parts, strict=True))

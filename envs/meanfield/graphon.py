@@ -7,17 +7,23 @@ with z^alpha = integral W(alpha, beta) mu^beta dbeta, a measure of mass at most 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mobula.errors import ConfigError
+from mobula.errors import ConfigError, DataError, nearest
 
 Model = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """(h, z [..., S]) -> (P [..., S, A, S], r [..., S, A]); differentiable in z, batched over any leading axes."""
+
+Graphon = Callable[[Tensor, Tensor], Tensor]
+"""(x, y) of one shape -> W(x, y) in [0, 1], symmetric."""
 
 
 # Graphons ---------------------------------------------------------------------------------------------------
@@ -30,12 +36,12 @@ def cells(M: int, rule: str = "midpoint") -> Tensor:
     return (torch.arange(M, dtype=torch.float64) + 0.5) / M
 
 
-def constant(p: float) -> Callable[[Tensor, Tensor], Tensor]:
+def constant(p: float) -> Graphon:
     """W = p (Erdos-Renyi)."""
     return lambda x, y: torch.full_like(x * y, p)
 
 
-def block_model(borders: Sequence[float], values: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def block_model(borders: Sequence[float], values: Any) -> Graphon:
     """Stochastic block model: `borders` between blocks, ascending in (0, 1); `values` the symmetric block matrix."""
     edges, table = (
         torch.tensor(borders, dtype=torch.float64),
@@ -48,7 +54,7 @@ def block_model(borders: Sequence[float], values: Any) -> Callable[[Tensor, Tens
     return lambda x, y: table[torch.bucketize(x, edges, right=True), torch.bucketize(y, edges, right=True)]
 
 
-def exponential(theta: float) -> Callable[[Tensor, Tensor], Tensor]:
+def exponential(theta: float) -> Graphon:
     """W = 2 e^{theta x y} / (1 + e^{theta x y}) - 1 = tanh(theta x y / 2)."""
     return lambda x, y: torch.tanh(theta * x * y / 2)
 
@@ -63,16 +69,97 @@ def ranked_attachment(x: Tensor, y: Tensor) -> Tensor:
     return 1 - x * y
 
 
-def matrix(graphon: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Tensor:
-    """W(alpha_i, alpha_j) [M, M].  Raises ConfigError where it leaves [0, 1] or is not symmetric."""
-    x, y = torch.broadcast_tensors(labels[:, None], labels[None, :])
-    W = graphon(x.contiguous(), y.contiguous())
+def threshold(t: float) -> Graphon:
+    """W = 1 where x + y >= t, else 0."""
+    return lambda x, y: (x + y >= t).to(x.dtype)
+
+
+def step_function(values: Any) -> Graphon:
+    """The graphon of a symmetric n x n matrix (of weights, or the adjacency of a network) on n equal intervals.
+
+    Raises ConfigError where it is not square, not symmetric, or leaves [0, 1].
+    """
+    table = torch.as_tensor(values, dtype=torch.float64)
+    n = table.shape[0] if table.ndim == 2 else 0
+    if table.shape != (n, n) or n == 0:
+        raise ConfigError(f"a graphon needs a square matrix, not one of shape {tuple(table.shape)}")
+    _check(table)
+    return lambda x, y: table[(x * n).long().clamp(0, n - 1), (y * n).long().clamp(0, n - 1)]
+
+
+NAMED: dict[str, tuple[Callable[..., Graphon], tuple[float, ...]]] = {
+    "er": (constant, (0.5,)),
+    "exp": (exponential, (3.0,)),
+    "sbm": (lambda: block_model([0.7], [[0.9, 0.3], [0.3, 0.1]]), ()),
+    "threshold": (threshold, (1.0,)),
+    "uniform_attachment": (lambda: uniform_attachment, ()),
+    "ranked_attachment": (lambda: ranked_attachment, ()),
+}
+"""Graphons by name, each with the number that may follow its name ("er:0.3") and that number's default."""
+
+
+def named(name: str) -> Graphon:
+    """The graphon called `name`: one of NAMED ("sbm", "er:0.3", "exp:3"), or the file (.npy, .json) of a symmetric matrix."""
+    if name.endswith((".npy", ".json")):
+        try:
+            values = (
+                json.loads(Path(name).read_text(encoding="utf-8"))
+                if name.endswith(".json")
+                else np.load(name, allow_pickle=False)
+            )
+            return step_function(np.asarray(values, dtype=np.float64))
+        except FileNotFoundError:
+            raise DataError(f"{name} does not exist") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise DataError(f"{name} cannot be read as a matrix of numbers: {error}") from error
+    word, _, number = name.partition(":")
+    if word not in NAMED:
+        raise ConfigError(
+            f"unknown graphon {name!r}.{nearest(word, NAMED)} There are {', '.join(NAMED)}, and .npy or .json files"
+        )
+    make, defaults = NAMED[word]
+    try:
+        return make(*([float(number)] if number else defaults))
+    except (TypeError, ValueError):
+        raise ConfigError(f"graphon {name!r}: {word} takes {len(defaults)} number after the colon") from None
+
+
+def factor(W: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(U [M, q], V [M, q], error): W ~ U V' of rank q by truncated spectrum; error: the largest absolute entry of the rest.
+
+    A block model has as many as it has blocks, ranked attachment two; z = U (V' mu) / M then costs O(M q S).
+    """
+    values, vectors = torch.linalg.eigh(W)
+    kept = values.abs().argsort(descending=True)[:rank]
+    U, V = vectors[:, kept] * values[kept], vectors[:, kept]
+    return U, V, float((W - U @ V.mT).abs().max())
+
+
+def network(graphon: Graphon, labels: Tensor, density: float = 1.0, seed: int = 0) -> Tensor:
+    """A random network [n, n] of agents at `labels`: edges i < j with probability density W(x_i, x_j), symmetric, no loops.
+
+    Its neighbourhoods over n density estimate those of the graphon to O(1 / sqrt(n density)).
+    """
+    g = torch.Generator().manual_seed(seed)
+    upper = torch.rand(len(labels), len(labels), dtype=torch.float64, generator=g).triu(1)
+    edges = ((upper > 0) & (upper < density * matrix(graphon, labels))).double().triu(1)
+    return edges + edges.mT
+
+
+def _check(W: Tensor) -> None:
     if not bool(((W >= 0) & (W <= 1)).all()):
         raise ConfigError(
             f"a graphon has values in [0, 1]; this one reaches {float(W.min()):g} and {float(W.max()):g}"
         )
     if not torch.allclose(W, W.mT, atol=1e-12):
         raise ConfigError("a graphon is symmetric; this one is not")
+
+
+def matrix(graphon: Graphon, labels: Tensor) -> Tensor:
+    """W(alpha_i, alpha_j) [M, M].  Raises ConfigError where it leaves [0, 1] or is not symmetric."""
+    x, y = torch.broadcast_tensors(labels[:, None], labels[None, :])
+    W = graphon(x.contiguous(), y.contiguous())
+    _check(W)
     return W
 
 
@@ -83,7 +170,8 @@ def matrix(graphon: Callable[[Tensor, Tensor], Tensor], labels: Tensor) -> Tenso
 class FiniteMFG:
     """A game: states S, actions A, horizon H, initial law mu0 [M, S], graphon W [..., M, M] at the cells, and its model.
 
-    W may carry leading axes (candidates, games): everything computed from the game carries them too.
+    W may carry leading axes (candidates, games): everything computed from the game carries them too.  With `timed` it has an axis
+    of steps before its last two: [..., H, M, M].
     """
 
     name: str
@@ -93,6 +181,7 @@ class FiniteMFG:
     mu0: Tensor
     W: Tensor
     model: Model
+    timed: bool = False
 
     @property
     def labels(self) -> int:
@@ -100,7 +189,11 @@ class FiniteMFG:
 
     def with_graphon(self, W: Tensor) -> FiniteMFG:
         """The same game on another graphon [..., M, M]."""
-        return replace(self, W=W, mu0=self.mu0[:1].expand(W.shape[-1], -1))
+        return replace(self, W=W, mu0=self.mu0[:1].expand(W.shape[-1], -1), timed=False)
+
+    def at(self, h: int) -> Tensor:
+        """The graphon [..., M, M] of step h."""
+        return self.W[..., h, :, :] if self.timed else self.W
 
 
 def sis(W: Tensor, horizon: int = 50) -> FiniteMFG:
@@ -158,17 +251,80 @@ def beach_bar(W: Tensor, horizon: int = 10) -> FiniteMFG:
     return FiniteMFG("beach_bar", 10, 3, horizon, law, W, model)
 
 
+GAMES: dict[str, Callable[..., FiniteMFG]] = {"sis": sis, "investment": investment, "beach_bar": beach_bar}
+
+
+def load_game(path: str | Path, W: Tensor, horizon: int | None = None) -> FiniteMFG:
+    """A game whose transitions and rewards are affine in z, from a .npz or .json file, on the graphon W [M, M].
+
+    P [S, A, S] and r [S, A] at z = 0; P_z [S, A, S, S] and r_z [S, A, S] (optional): slopes by each z(s), the last axis; mu0 [S];
+    horizon.  Raises DataError where one is missing or of another shape, ConfigError where P is no law (see `check_laws`).
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                data = {name: file[name] for name in file.files}
+        arrays = {
+            name: torch.as_tensor(np.asarray(value, dtype=np.float64))
+            for name, value in data.items()
+            if name != "horizon"
+        }
+        P, r, law = arrays["P"], arrays["r"], arrays["mu0"]
+        steps = int(horizon if horizon is not None else data["horizon"])
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except KeyError as error:
+        raise DataError(f"{path} lacks {error.args[0]}; it needs P, r, mu0 and horizon") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as arrays of numbers: {error}") from error
+    S, A = (r.shape[0], r.shape[1]) if r.ndim == 2 else (0, 0)
+    P_z = arrays.get("P_z", torch.zeros(S, A, S, S, dtype=torch.float64))
+    r_z = arrays.get("r_z", torch.zeros(S, A, S, dtype=torch.float64))
+    shapes = {"P": (S, A, S), "r": (S, A), "mu0": (S,), "P_z": (S, A, S, S), "r_z": (S, A, S)}
+    for (name, wanted), array in zip(shapes.items(), (P, r, law, P_z, r_z), strict=True):
+        if tuple(array.shape) != wanted or not bool(array.isfinite().all()):
+            raise DataError(f"{path}: {name} is {tuple(array.shape)}; finite numbers {wanted} are needed")
+    if abs(float(law.sum()) - 1) > 1e-9 or float(law.min()) < 0:
+        raise DataError(f"{path}: mu0 is no law: it sums to {float(law.sum()):g}")
+
+    def model(h: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        return P + torch.einsum("satk,...k->...sat", P_z, z), r + torch.einsum("sak,...k->...sa", r_z, z)
+
+    game = FiniteMFG(path.stem, S, A, steps, law.expand(W.shape[-1], S), W, model)
+    check_laws(game)
+    return game
+
+
+def check_laws(game: FiniteMFG) -> None:
+    """Raises ConfigError (label, h, s, a) where a transition row is no law along the flow of the uniform policy."""
+    mu = flow(game, uniform_policy(game))
+    for h in range(game.horizon):
+        P, _ = game.model(h, aggregate(game, mu[..., h, :], h))
+        bad = ((P.sum(-1) - 1).abs() > 1e-9) | (P.amin(-1) < -1e-12)
+        if bool(bad.any()):
+            m, s, a = (int(i) for i in bad.nonzero()[0, -3:])
+            row = P[tuple(bad.nonzero()[0].tolist())]
+            raise ConfigError(
+                f"{game.name}: the transition row at label {float(cells(game.labels)[m]):g}, h={h}, s={s}, a={a} is no law:"
+                f" it sums to {float(row.sum()):g}, its smallest entry is {float(row.min()):g}"
+            )
+
+
 # Exact evaluation -------------------------------------------------------------------------------------------
 
 
-def aggregate(game: FiniteMFG, mu: Tensor) -> Tensor:
-    """z of populations mu [..., M, S] at one time: [..., M, S]."""
-    return game.W @ mu / game.labels
+def aggregate(game: FiniteMFG, mu: Tensor, h: int = 0) -> Tensor:
+    """z of populations mu [..., M, S] at step h: [..., M, S]."""
+    return game.at(h) @ mu / game.labels
 
 
 def uniform_policy(game: FiniteMFG) -> Tensor:
     """[..., M, H, S, A], the leading axes those of the graphon."""
-    shape = (*game.W.shape[:-2], game.labels, game.horizon, game.states, game.actions)
+    leading = game.W.shape[: -3 if game.timed else -2]
+    shape = (*leading, game.labels, game.horizon, game.states, game.actions)
     return torch.full(shape, 1.0 / game.actions, dtype=torch.float64)
 
 
@@ -182,7 +338,7 @@ def _rollout(game: FiniteMFG, pi: Tensor) -> tuple[Tensor, list[tuple[Tensor, Te
     mu = game.mu0.expand(*pi.shape[:-3], game.states)
     found, models = [mu], []
     for h in range(game.horizon):
-        P, r = game.model(h, aggregate(game, mu))
+        P, r = game.model(h, aggregate(game, mu, h))
         joint = mu.unsqueeze(-1) * pi[..., h, :, :]
         mu = (joint.flatten(-2).unsqueeze(-2) @ P.flatten(-3, -2)).squeeze(-2)
         found.append(mu)
@@ -191,7 +347,7 @@ def _rollout(game: FiniteMFG, pi: Tensor) -> tuple[Tensor, list[tuple[Tensor, Te
 
 
 def _models(game: FiniteMFG, mu: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [game.model(h, aggregate(game, mu[..., h, :])) for h in range(game.horizon)]
+    return [game.model(h, aggregate(game, mu[..., h, :], h)) for h in range(game.horizon)]
 
 
 def _ahead(P: Tensor, V: Tensor) -> Tensor:
@@ -248,7 +404,18 @@ def exploitability(game: FiniteMFG, pi: Tensor, lam: float) -> Tensor:
 
     Zero exactly at an equilibrium; the mean over labels is the number that is reported.  Raises ArithmeticError below -1e-9.
     """
-    _, models = _rollout(game, pi)
+    return _gain(game, _rollout(game, pi)[1], pi, lam)
+
+
+def deviation_gain(game: FiniteMFG, pi: Tensor, mu: Tensor, lam: float) -> Tensor:
+    """Per label [..., M]: what one agent gains at best by leaving pi against the frozen flow mu, such as a finite population's own.
+
+    With mu the flow of pi it is the exploitability.
+    """
+    return _gain(game, _models(game, mu), pi, lam)
+
+
+def _gain(game: FiniteMFG, models: list[tuple[Tensor, Tensor]], pi: Tensor, lam: float) -> Tensor:
     _, best = _best(models, lam)
     _, own = _evaluate(models, pi, lam)
     gain = (game.mu0 * (best[..., 0, :] - own[..., 0, :])).sum(-1)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobula.errors import ConfigError, DataError
+from mobula.errors import ConfigError, DataError, nearest
 
 
 class LQGame(NamedTuple):
@@ -51,7 +51,7 @@ class LQTeams:
 
     noise    [2, n, n] covariance of w in each: idiosyncratic Sigma, common Sigma^0
     reset    [2, n, n] covariance that rollouts start from, Sigma_y and Sigma_xbar
-    start    (covariance of the initial deviation [n, n], initial mean [n]) of a play; reported costs use it
+    start_cov, start_mean  covariance of the initial deviation [n, n] and initial mean [n] of a play; reported costs use them
     mask     [2, N, p, n] entries of the gains that a policy may use (layout "teams": own deviations only)
     blocks   teams of the layout "teams": the state of one of them has n / blocks entries; 1 for "stacked"
     """
@@ -74,23 +74,42 @@ def _over_time(x: Tensor, horizon: int) -> Tensor:
     return x.unsqueeze(-3).expand(*x.shape[:-2], horizon, *x.shape[-2:])
 
 
-def lq_game(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, horizon: int) -> LQGame:
-    """A game with constant matrices: A [n, n], B [N, n, p], Q [N, n, n] (also terminal), R [N, p, p] (own inputs only).
+def lq_game(
+    A: Tensor, B: Tensor, Q: Tensor, R: Tensor, horizon: int, R_cross: Tensor | None = None, *, bar: str = ""
+) -> LQGame:
+    """A game with constant matrices: A [n, n], B [N, n, p], Q [N, n, n] (also terminal), R [N, p, p] (own inputs).
 
-    Raises ConfigError for an asymmetric Q or an R that is not positive definite, naming the team.
+    R_cross [N, N, p, p] holds the weights R^{ij} of j's input in i's cost, j != i (default 0).  They may be indefinite, as in
+    zero-sum games; that the cost stays convex in the own gain turns on P_{t+1} too and is checked by `riccati.nash`.
+    Raises ConfigError for an asymmetric Q or R_cross, an R that is not positive definite, or own weights in R_cross, naming
+    the team; `bar` ends the names of the weights ("_bar" in the mean game).
     """
     players = len(B)
     if B.shape[-1] != R.shape[-1]:
-        raise ConfigError(f"B has {B.shape[-1]} inputs a team and R {R.shape[-1]}: they must agree")
+        raise ConfigError(f"B has {B.shape[-1]} inputs a team and R{bar} {R.shape[-1]}: they must agree")
+    weights = (
+        torch.zeros(players, players, *R.shape[1:], dtype=R.dtype) if R_cross is None else R_cross.clone()
+    )
     for i in range(players):
         if not torch.allclose(Q[i], Q[i].mT, atol=1e-12):
-            raise ConfigError(f"Q of team {i + 1} is not symmetric")
+            raise ConfigError(f"Q{bar} of team {i + 1} is not symmetric")
         if not torch.allclose(R[i], R[i].mT, atol=1e-12) or float(torch.linalg.eigvalsh(R[i])[0]) <= 0:
-            raise ConfigError(f"R of team {i + 1} is not symmetric and positive definite")
-    cross = torch.zeros(players, players, *R.shape[1:], dtype=R.dtype)
-    cross[range(players), range(players)] = R
+            raise ConfigError(f"R{bar} of team {i + 1} is not symmetric and positive definite")
+        if bool(weights[i, i].any()):
+            raise ConfigError(
+                f"R_cross{bar} of team {i + 1} on its own inputs is not 0: R{bar} holds that weight"
+            )
+        for j in range(players):
+            if not torch.allclose(weights[i, j], weights[i, j].mT, atol=1e-12):
+                raise ConfigError(
+                    f"R_cross{bar} of team {i + 1} on the inputs of team {j + 1} is not symmetric"
+                )
+    weights[range(players), range(players)] = R
     return LQGame(
-        _over_time(A, horizon), _over_time(B, horizon), _over_time(Q, horizon + 1), _over_time(cross, horizon)
+        _over_time(A, horizon),
+        _over_time(B, horizon),
+        _over_time(Q, horizon + 1),
+        _over_time(weights, horizon),
     )
 
 
@@ -179,13 +198,16 @@ def g3(horizon: int = 20) -> LQTeams:
 
 
 NAMES = ("A", "B", "Q", "R", "A_bar", "B_bar", "Q_bar", "R_bar", "Sigma", "Sigma0")
+OPTIONAL = ("R_cross", "R_cross_bar")
 
 
 def load_game(path: str | Path) -> LQTeams:
     """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon`, constant in time, layout "stacked".
 
     A, A_bar, Sigma, Sigma0 [n, n], B, B_bar [N, n, p], Q, Q_bar [N, n, n], R, R_bar [N, p, p]; Q_bar and R_bar are the whole
-    weights of the means, A_bar and B_bar increments.  Raises DataError where one is missing, NaN or of another shape.
+    weights of the means, A_bar and B_bar increments.  Optional (default 0): R_cross, R_cross_bar [N, N, p, p], entry (i, j) the
+    weight of team j's input in team i's cost, nothing at i = j.
+    Raises DataError where one is missing, unknown, NaN or of another shape, ConfigError for weights that `lq_game` refuses.
     """
     path = Path(path)
     try:
@@ -194,7 +216,7 @@ def load_game(path: str | Path) -> LQTeams:
         else:
             with np.load(path, allow_pickle=False) as file:
                 data = {name: file[name] for name in file.files}
-        arrays = {name: _f64(data[name]) for name in NAMES}
+        arrays = {name: _f64(data[name]) for name in (*NAMES, *(k for k in OPTIONAL if k in data))}
         horizon = int(data["horizon"])
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
@@ -202,19 +224,38 @@ def load_game(path: str | Path) -> LQTeams:
         raise DataError(f"{path} lacks {error.args[0]}; it needs horizon and {', '.join(NAMES)}") from error
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as arrays of numbers: {error}") from error
+    # A misspelled optional array would be another game without a word.
+    known = (*NAMES, *OPTIONAL, "horizon")
+    for name in data:
+        if name not in known:
+            raise DataError(f"{path}: {name} is no part of a game.{nearest(name, known)}")
+    if arrays["A"].ndim != 2 or arrays["B"].ndim != 3:
+        raise DataError(
+            f"{path}: A has the axes [n, n] and B [N, n, p]; got {[*arrays['A'].shape]}, {[*arrays['B'].shape]}"
+        )
+    if horizon < 1:
+        raise DataError(f"{path}: horizon is {horizon}; at least 1 is needed")
     n, (players, _, p) = arrays["A"].shape[0], arrays["B"].shape
-    shapes = {"n": (n, n), "B": (players, n, p), "Q": (players, n, n), "R": (players, p, p)}
+    shapes = {
+        "n": (n, n),
+        "B": (players, n, p),
+        "Q": (players, n, n),
+        "R": (players, p, p),
+        "R_cross": (players, players, p, p),
+    }
     for name, array in arrays.items():
         wanted = shapes.get(name.removesuffix("_bar"), shapes["n"])
         if array.shape != wanted or not bool(array.isfinite().all()):
             raise DataError(f"{path}: {name} is {tuple(array.shape)}; finite numbers {wanted} are needed")
-    deviation = lq_game(arrays["A"], arrays["B"], arrays["Q"], arrays["R"], horizon)
+    deviation = lq_game(arrays["A"], arrays["B"], arrays["Q"], arrays["R"], horizon, arrays.get("R_cross"))
     mean = lq_game(
         arrays["A"] + arrays["A_bar"],
         arrays["B"] + arrays["B_bar"],
         arrays["Q_bar"],
         arrays["R_bar"],
         horizon,
+        arrays.get("R_cross_bar"),
+        bar="_bar",
     )
     eye = torch.eye(n, dtype=torch.float64)
     return LQTeams(

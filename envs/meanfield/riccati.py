@@ -58,7 +58,8 @@ def step_back(game: LQGame, t: int, P: Tensor, K: Tensor) -> Tensor:
 def nash(game: LQGame) -> Equilibrium:
     """The feedback Nash equilibrium by the coupled Riccati equations.
 
-    Raises ConfigError where Phi is singular (no unique equilibrium), naming the step.
+    Raises ConfigError where Phi is singular (no unique equilibrium), and where Phi^{ii} is not positive definite: then team i's
+    cost has no minimum over its own gain, and the first-order conditions hold at no equilibrium.  Both name the step.
     """
     P = game.Q[..., -1, :, :]
     N, n, p = *game.B.shape[-4:-3], game.A.shape[-1], game.B.shape[-1]
@@ -68,9 +69,17 @@ def nash(game: LQGame) -> Equilibrium:
         singular = torch.linalg.svdvals(Phi)[..., -1]
         if float(singular.min()) < 1e-10:
             raise ConfigError(f"no unique equilibrium at t={t}: sigma_min = {float(singular.min()):.1e}")
+        blocks = Phi.reshape(*Phi.shape[:-2], N, p, N, p).transpose(-3, -2)
+        own = symmetric(blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3))
+        curvature = torch.linalg.eigvalsh(own)[..., 0].reshape(-1, N).amin(0)
+        if float(curvature.min()) <= 0:
+            raise ConfigError(
+                f"no equilibrium at t={t}: the cost of team {int(curvature.argmin()) + 1} is not convex in its own gain"
+                f" (smallest eigenvalue of R + B'PB {float(curvature.min()):.3g}); raise its R, or look at Q and R_cross"
+            )
         K = torch.linalg.solve(Phi, Psi).reshape(*Psi.shape[:-2], N, p, n)
         P = step_back(game, t, P, K)
-        norms = torch.linalg.svdvals(Phi.reshape(*Phi.shape[:-2], N, p, N, p).transpose(-3, -2))
+        norms = torch.linalg.svdvals(blocks)
         diagonal = norms.diagonal(dim1=-3, dim2=-2)[..., -1, :]
         others = norms[..., 0].sum(-1) - norms.diagonal(dim1=-3, dim2=-2)[..., 0, :]
         gains.append(K)

@@ -1,8 +1,6 @@
 """One very large population of a linear-quadratic team game, spread over Ray actors.
 
-Agents live in blocks; a block draws from a stream of its own (seed, block, step) and returns two small sums a step, so that
-states never leave their actor, traffic does not depend on the number of agents, and results do not depend on the number
-of actors: sums are added in the order of the blocks.
+A block of agents (see `blocks`) returns two small sums a step, of x and of x x'.
 """
 
 from __future__ import annotations
@@ -10,22 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import ray
 import torch
 from torch import Tensor
 
+from mobula.envs.meanfield.blocks import BLOCK, Spread, generator, sizes
 from mobula.envs.meanfield.lq_teams import LQTeams
 from mobula.errors import ConfigError
-
-BLOCK = 65_536
-"""Agents of a block."""
 
 
 class Blocks:
     """The agents of some blocks of a population: advances them, returns the sums of x and of x x' of each block."""
 
-    def __init__(self, teams: LQTeams, K: Tensor, blocks: Sequence[tuple[int, int]], seed: int) -> None:
+    def __init__(self, blocks: Sequence[tuple[int, int]], teams: LQTeams, K: Tensor, seed: int) -> None:
         """blocks: (index, agents) of each."""
         self.teams, self.blocks, self.seed = teams, list(blocks), seed
         games = teams.games
@@ -37,8 +31,7 @@ class Blocks:
         ]
 
     def _normal(self, block: int, step: int, agents: int) -> Tensor:
-        word = np.random.SeedSequence([self.seed, block, step]).generate_state(1, np.uint64)[0]
-        g = torch.Generator().manual_seed(int(word >> 1))
+        g = generator(self.seed, block, step)
         return torch.randn(agents, self.teams.start_mean.shape[0], dtype=torch.float64, generator=g)
 
     def sums(self) -> list[tuple[Tensor, Tensor]]:
@@ -66,19 +59,10 @@ def play_sharded(
             f"a population of {agents} agents has no deviation from its mean: at least 2 are needed"
         )
     games, horizon = teams.games, teams.games.horizon
-    sizes = [(i, min(block, agents - start)) for i, start in enumerate(range(0, agents, block))]
-    count = min(actors, len(sizes))
-    local = Blocks(teams, K, sizes, seed) if count == 0 else None
-    remote: list[Any] = [
-        ray.remote(num_cpus=1)(Blocks).remote(teams, K, sizes[i::count], seed) for i in range(count)
-    ]
+    spread = Spread(Blocks, sizes(agents, block), actors, teams, K, seed)
 
     def gather(name: str, *args: Any) -> tuple[Tensor, Tensor]:
-        if local is not None:
-            parts = getattr(local, name)(*args)
-        else:
-            answers = ray.get([getattr(actor, name).remote(*args) for actor in remote])
-            parts = [answers[i % count][i // count] for i in range(len(sizes))]
+        parts = spread.call(name, *args)
         first, second = (torch.stack(x).sum(0) / agents for x in zip(*parts, strict=True))
         return first, second - torch.outer(first, first)
 
@@ -100,6 +84,5 @@ def play_sharded(
         mean, cov = gather("step", t, mean, carried)
         means.append(mean)
         covs.append(cov)
-    for actor in remote:
-        ray.kill(actor)
+    spread.close()
     return {"means": torch.stack(means), "covariances": torch.stack(covs), "costs": costs}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, root
 
 from mobula.envs.meanfield import lq_teams, riccati
 from mobula.envs.meanfield.lq_teams import LQGame
@@ -183,6 +183,135 @@ def test_games_from_files(tmp_path: Path) -> None:
         torch.testing.assert_close(riccati.nash(teams.games).K, wanted)
 
 
+# Team 1 pays for team 2's input otherwise than team 2 for team 1's, and both otherwise in the game of means: no index can be swapped.
+CROSS = [[[[0.0]], [[0.7]]], [[[-0.3]], [[0.0]]]]
+CROSS_BAR = [[[[0.0]], [[-0.2]]], [[[1.1]], [[0.0]]]]
+
+
+@pytest.mark.parametrize("name", ["game.json", "game.npz"])
+def test_cross_weights_come_back_as_they_were_written(tmp_path: Path, name: str) -> None:
+    file = written(tmp_path / name, R_cross=CROSS, R_cross_bar=CROSS_BAR)
+    R = lq_teams.load_game(file).games.R
+    assert R.shape == (2, 2, 2, 5, 1, 1)
+    for t in range(5):
+        assert R[0, :, :, t, 0, 0].tolist() == [[2.0, 0.7], [-0.3, 2.0]]
+        assert R[1, :, :, t, 0, 0].tolist() == [[3.0, -0.2], [1.1, 3.0]]
+    alone = lq_teams.load_game(written(tmp_path / name, R_cross=CROSS)).games.R
+    assert torch.equal(alone[0], R[0])
+    assert alone[1, :, :, 0, 0, 0].tolist() == [[3.0, 0.0], [0.0, 3.0]]
+
+
+def solved_from_the_definition(data: dict[str, np.ndarray], bar: str) -> tuple[np.ndarray, np.ndarray]:
+    """(gains [N, T, p, n], costs [N]) where no team's cost falls with its own gains, from the arrays of a file alone.
+
+    Costs are sums of traces along the second moment of the state, from the identity, with noise 0.3 I.  Along one entry of a gain
+    they are quadratics, so central differences are their derivatives; a root finder sets all to zero.
+    """
+    A = data["A"] + (data["A_bar"] if bar else 0)
+    B = data["B"] + (data["B_bar"] if bar else 0)
+    Q, R, cross = (data[key + bar] for key in ("Q", "R", "R_cross"))
+    N, n, p, T = len(B), len(A), B.shape[-1], int(data["horizon"])
+
+    def cost(i: int, K: np.ndarray) -> float:
+        M, total = np.eye(n), 0.0
+        for t in range(T):
+            closed = A - sum(B[j] @ K[j, t] for j in range(N))
+            total += np.trace(Q[i] @ M)
+            for j in range(N):
+                total += np.trace((R[i] if i == j else cross[i, j]) @ K[j, t] @ M @ K[j, t].T)
+            M = closed @ M @ closed.T + 0.3 * np.eye(n)
+        return float(total + np.trace(Q[i] @ M))
+
+    def slopes(flat: np.ndarray) -> np.ndarray:
+        found = np.zeros((N, T * p * n))
+        for i in range(N):
+            for k in range(T * p * n):
+                step = np.zeros((N, T * p * n))
+                step[i, k] = 0.5
+                ahead, behind = (flat.reshape(N, -1) + sign * step for sign in (1, -1))
+                found[i, k] = cost(i, ahead.reshape(N, T, p, n)) - cost(i, behind.reshape(N, T, p, n))
+        return found.flatten()
+
+    found = root(slopes, np.zeros(N * T * p * n), tol=1e-13)
+    assert found.success
+    K = found.x.reshape(N, T, p, n)
+    return K, np.array([cost(i, K) for i in range(N)])
+
+
+def test_cross_weights_from_a_file_give_the_equilibrium_of_the_definition(tmp_path: Path) -> None:
+    """Two inputs a team, so that the blocks of the weights count as matrices."""
+    rng = np.random.default_rng(5)
+
+    def weights(*shape: int) -> np.ndarray:
+        raw = rng.uniform(-0.4, 0.4, size=(*shape, 2, 2))
+        return raw + raw.swapaxes(-1, -2)
+
+    cross, cross_bar = weights(2, 2), weights(2, 2)
+    for each in (cross, cross_bar):
+        each[range(2), range(2)] = 0.0
+    changes = {
+        "B": rng.uniform(-1, 1, (2, 2, 2)), "B_bar": rng.uniform(-0.2, 0.2, (2, 2, 2)),
+        "R": weights(2) + 2 * np.eye(2), "R_bar": weights(2) + 3 * np.eye(2),
+        "R_cross": cross, "R_cross_bar": cross_bar, "horizon": 2,
+    }  # fmt: skip
+    file = written(tmp_path / "game.npz", **changes)
+    games = lq_teams.load_game(file).games
+    found = riccati.nash(games)
+    eye = torch.eye(2, dtype=torch.float64)
+    costs = riccati.expected_cost(found.P, eye.expand(2, 2, 2), 0.3 * eye.expand(2, 2, 2))
+    with np.load(file) as data:
+        for game, bar in enumerate(("", "_bar")):
+            K, wanted = solved_from_the_definition(dict(data), bar)
+            np.testing.assert_allclose(found.K[game].numpy(), K, atol=1e-9)
+            np.testing.assert_allclose(costs[game].numpy(), wanted, rtol=1e-9)
+    without = riccati.nash(
+        lq_teams.load_game(written(tmp_path / "plain.npz", **changes | {"R_cross": None})).games
+    )
+    assert float((without.K - found.K)[0].abs().max()) > 1e-3
+
+
+def test_a_scalar_game_of_one_step_by_hand(tmp_path: Path) -> None:
+    """A = B = Q = 1, R = (1, 2): Phi = [[2, 1], [1, 3]], Psi = (1, 1), K = (2, 1) / 5, closed loop 2 / 5.
+
+    P^1 = 1 + 1 (4/25) + 0.5 (1/25) + 4/25 = 1.34 and P^2 = 1 + 2 (1/25) - 0.25 (4/25) + 4/25 = 1.2.
+    """
+    one, two, nothing = [[1.0]], [[[1.0]], [[1.0]]], [[[0.0]], [[0.0]]]
+    file = written(
+        tmp_path / "game.json", A=one, A_bar=[[0.0]], B=two, B_bar=nothing, Q=two, Q_bar=two,
+        R=[[[1.0]], [[2.0]]], R_bar=[[[1.0]], [[2.0]]], Sigma=one, Sigma0=one, horizon=1,
+        R_cross=[[[[0.0]], [[0.5]]], [[[-0.25]], [[0.0]]]],
+    )  # fmt: skip
+    found = riccati.nash(lq_teams.load_game(file).games)
+    np.testing.assert_allclose(found.K[:, :, 0, 0, 0].numpy(), [[0.4, 0.2], [0.4, 0.2]], rtol=1e-14)
+    np.testing.assert_allclose(found.P[:, :, 0, 0, 0].numpy(), [[1.34, 1.2], [1.32, 1.24]], rtol=1e-14)
+
+
+def test_a_zero_sum_game_from_a_file(tmp_path: Path) -> None:
+    """P^2 = -P^1; where the second team's weight is too small for its stake it has no best answer, and there is no equilibrium."""
+    Q = np.array([[[1.0, 0.0], [0.0, 0.2]], [[-1.0, 0.0], [0.0, -0.2]]])
+
+    def game(second: float) -> LQGame:
+        cross = [[[[0.0]], [[-second]]], [[[-2.0]], [[0.0]]]]
+        changes = {"Q": Q, "Q_bar": Q, "R": [[[2.0]], [[second]]], "R_bar": [[[2.0]], [[second]]]}
+        file = written(tmp_path / "game.npz", R_cross=cross, R_cross_bar=cross, **changes)
+        return lq_teams.load_game(file).games
+
+    P = riccati.nash(game(8.0)).P
+    torch.testing.assert_close(P[:, 1], -P[:, 0])
+    with pytest.raises(
+        ConfigError, match=r"at t=4: the cost of team 2 is not convex in its own gain .*-0\.0456"
+    ):
+        riccati.nash(game(0.3))
+
+
+def test_simulated_costs_take_the_cross_weights(tmp_path: Path) -> None:
+    teams = lq_teams.load_game(written(tmp_path / "game.json", R_cross=CROSS, R_cross_bar=CROSS_BAR))
+    K = riccati.nash(teams.games).K
+    cost = lq_teams.play(teams, K, 5, rollouts=6000, seed=1)
+    wanted = riccati.finite_costs(teams.games, K, teams.noise, teams.start_cov, teams.start_mean, 5)
+    assert bool(((cost.mean(0) - wanted).abs() < 4 * cost.std(0) / 6000**0.5).all())
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
@@ -195,6 +324,35 @@ def test_games_from_files(tmp_path: Path) -> None:
         ({"R": [[2.0], [2.0]]}, DataError, "R is"),
         ({"Sigma": None}, DataError, "lacks Sigma"),
         ({"A": [[float("nan"), 0.0], [0.0, 1.0]]}, DataError, "finite numbers"),
+        (
+            {"Q_bar": [[[1.0, 0.0], [0.0, 0.2]], [[0.2, 0.3], [0.0, 1.0]]]},
+            ConfigError,
+            "^Q_bar of team 2 is not symmetric",
+        ),
+        ({"R_bar": [[[0.0]], [[1.0]]]}, ConfigError, "^R_bar of team 1 is not symmetric and positive"),
+        ({"A": 0.9}, DataError, r"A has the axes \[n, n\]"),
+        ({"horizon": 0}, DataError, "horizon is 0"),
+        (
+            {"R_cross": [[[0.0]], [[0.0]]]},
+            DataError,
+            r"R_cross is \(2, 1, 1\); finite numbers \(2, 2, 1, 1\)",
+        ),
+        (
+            {"R_cross_bar": [[[[0.0]], [[float("inf")]]], [[[0.0]], [[0.0]]]]},
+            DataError,
+            "R_cross_bar is .* finite",
+        ),
+        (
+            {"R_cross": [[[[2.0]], [[0.0]]], [[[0.0]], [[0.0]]]]},
+            ConfigError,
+            "^R_cross of team 1 on its own inputs is not 0: R holds that weight",
+        ),
+        (
+            {"R_cross_bar": [[[[0.0]], [[0.0]]], [[[0.0]], [[1.0]]]]},
+            ConfigError,
+            "^R_cross_bar of team 2 on its own inputs is not 0: R_bar holds that weight",
+        ),
+        ({"R_crosss": [[0.0]]}, DataError, "R_crosss is no part of a game. Did you mean 'R_cross'"),
     ],
 )
 def test_games_that_are_refused(tmp_path: Path, changes: dict[str, object], error: type, says: str) -> None:
@@ -202,6 +360,16 @@ def test_games_that_are_refused(tmp_path: Path, changes: dict[str, object], erro
         lq_teams.load_game(written(tmp_path / "game.json", **changes))
     with pytest.raises(DataError, match="does not exist"):
         lq_teams.load_game(tmp_path / "nowhere.npz")
+
+
+def test_a_cross_weight_that_is_not_symmetric(tmp_path: Path) -> None:
+    teams = lq_teams.g1().games
+    two = torch.eye(2, dtype=torch.float64)
+    cross = torch.zeros(2, 2, 2, 2, dtype=torch.float64)
+    cross[1, 0, 0, 1] = 0.5
+    with pytest.raises(ConfigError, match=r"^R_cross of team 2 on the inputs of team 1 is not symmetric"):
+        lq_teams.lq_game(two, two.expand(2, 2, 2), teams.Q[0, :, 0], two.expand(2, 2, 2), 3, cross)
+    assert float(cross.abs().sum()) == 0.5
 
 
 def test_a_game_without_a_unique_equilibrium_and_a_population_of_one() -> None:

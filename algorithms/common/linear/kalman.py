@@ -1,8 +1,8 @@
 """Linear-Gaussian state-space models in a batch: Kalman filter, Rauch-Tung-Striebel smoother, EM, subspace identification.
 
-    x_1 ~ N(m0, P0),  x_{t+1} = A x_t + w_t, w_t ~ N(0, Q),  y_t = C x_t + v_t, v_t ~ N(0, R)
+    x_1 ~ N(m0, P0),  x_{t+1} = A x_t + D u_t + w_t, w_t ~ N(0, Q),  y_t = C x_t + v_t, v_t ~ N(0, R)
 
-Every tensor carries a leading axis N (seeds, streams, restarts) and is float64.  A row of y with a NaN is a missing
+with known inputs u_t, or none.  Every tensor carries a leading axis N (seeds, streams, restarts) and is float64.  A row of y with a NaN is a missing
 observation: the prediction is then the filtered state.  Covariances converge geometrically; once they have, the gains are
 frozen and the means are computed by a parallel scan, so that a pass costs O(T log T d^2) on tensors and no loop over time.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,15 +23,28 @@ from torch import Tensor
 from mobula.errors import DataError, TrainingFault
 
 
-class StateSpace(NamedTuple):
-    """Parameters of N models: A [N, d, d], C [N, m, d], Q [N, d, d], R [N, m, m], m0 [N, d], P0 [N, d, d]."""
-
+class _Parts(NamedTuple):
     A: Tensor
     C: Tensor
     Q: Tensor
     R: Tensor
     m0: Tensor
     P0: Tensor
+    D: Tensor
+
+
+class StateSpace(_Parts):
+    """Parameters of N models: A [N, d, d], C [N, m, d], Q [N, d, d], R [N, m, m], m0 [N, d], P0 [N, d, d], D [N, d, k].
+
+    D may be left out: no inputs, k = 0.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, A: Tensor, C: Tensor, Q: Tensor, R: Tensor, m0: Tensor, P0: Tensor, D: Tensor | None = None
+    ) -> Self:
+        return super().__new__(cls, A, C, Q, R, m0, P0, A[..., :0] if D is None else D)
 
     def select(self, rows: Tensor) -> StateSpace:
         """The models at `rows`, an index or mask over N."""
@@ -134,13 +147,15 @@ def scan(F: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return x
 
 
-def kalman_filter(model: StateSpace, y: Tensor, *, tol: float = 1e-10) -> Filtered:
+def kalman_filter(model: StateSpace, y: Tensor, u: Tensor | None = None, *, tol: float = 1e-10) -> Filtered:
     """Filters y [N, T, m]; the first step has no prediction: x_1 ~ N(m0, P0) is the prior of y_1.
 
+    u: inputs [N, T, k] of models that have any; the last one acts after the data.
     tol: change of the filtered covariance below which the gains are frozen (only where nothing later is missing).
     """
-    A, C, Q, R, m0, P0 = model
+    A, C, Q, R, m0, P0, D = model
     N, T, _ = y.shape
+    drive = (y[..., :0] if u is None else u) @ D.mT
     d = A.shape[-1]
     mean, predicted_mean = y.new_empty(N, T, d), y.new_empty(N, T, d)
     cov, predicted_cov = y.new_empty(N, T, d, d), y.new_empty(N, T, d, d)
@@ -151,7 +166,7 @@ def kalman_filter(model: StateSpace, y: Tensor, *, tol: float = 1e-10) -> Filter
     steady = T
     for t in range(T):
         if t > 0:
-            m, P = mv(A, m), symmetric(A @ P @ A.mT + Q)
+            m, P = mv(A, m) + drive[:, t - 1], symmetric(A @ P @ A.mT + Q)
         predicted_mean[:, t], predicted_cov[:, t] = m, P
         m, P, gain, log_density = update(C, R, m, P, y[:, t])
         mean[:, t], cov[:, t] = m, P
@@ -163,9 +178,9 @@ def kalman_filter(model: StateSpace, y: Tensor, *, tol: float = 1e-10) -> Filter
         rest = slice(steady + 1, T)
         predicted_cov[:, rest] = symmetric(A @ P @ A.mT + Q)[:, None]
         cov[:, rest] = P[:, None]
-        closed = A - gain @ C @ A
-        mean[:, rest] = scan(closed, y[:, rest] @ gain.mT, m)
-        predicted_mean[:, rest] = mean[:, steady:-1] @ A.mT
+        closed, past = A - gain @ C @ A, drive[:, steady:-1]
+        mean[:, rest] = scan(closed, y[:, rest] @ gain.mT + (past - past @ C.mT @ gain.mT), m)
+        predicted_mean[:, rest] = mean[:, steady:-1] @ A.mT + past
         S = symmetric(C @ predicted_cov[:, -1] @ C.mT + R)
         error = y[:, rest] - predicted_mean[:, rest] @ C.mT
         total = total + _log_density(torch.linalg.cholesky(S), error)
@@ -210,10 +225,29 @@ def floored(cov: Tensor, share: float = 1e-8) -> tuple[Tensor, Tensor]:
     return torch.where(active[:, None, None], symmetric(lifted), symmetric(cov)), active
 
 
+def whitening(second: Tensor, share: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """(W [N, k, k] with W' S W = diag(1 or 0), mask [N, k] of the zeros) for second moments S [N, k, k].
+
+    The zeros are directions that hold less than `share` of the trace: inputs that were always 0, or that others determine.
+    """
+    values, vectors = torch.linalg.eigh(symmetric(second))
+    absent = values <= share * values.sum(-1, keepdim=True)
+    return vectors * torch.where(absent, 0.0, values.clamp_min(1e-300).rsqrt()).unsqueeze(-2), absent
+
+
 def m_step(
-    y: Tensor, smoothed: Smoothed, known_C: Tensor | None, *, ridge: bool, pool: bool
+    y: Tensor,
+    smoothed: Smoothed,
+    known_C: Tensor | None,
+    u: Tensor | None = None,
+    *,
+    ridge: bool,
+    pool: bool,
 ) -> tuple[StateSpace, Tensor]:
     """Maximiser of the expected log-likelihood (Shumway and Stoffer); also a mask [N] of models with a floored covariance.
+
+    [A D] is the regression of x_t on z_{t-1} = [x_{t-1}; u_{t-1}], S1z Szz^{-1}; where the inputs seen do not determine D, it is
+    the one without a part along the directions that they never took (in the whitened coordinates of `whitening`).
 
     ridge  A = S10 (S00 + eps I)^{-1} with eps = 1e-2 tr(S00) / d, for short data (Q is its own optimum given that A)
     pool   one set of parameters for all N series: the sufficient statistics are summed over N
@@ -229,11 +263,13 @@ def m_step(
     Syx = torch.einsum("nti,ntj->nij", data, x)
     Sxx = torch.einsum("nt,ntij->nij", weight, second)
     Syy = torch.einsum("nti,ntj->nij", data, data)
+    past = (y[..., :0] if u is None else u)[:, :-1]
+    S1u, S0u, Suu = (torch.einsum("nti,ntj->nij", a, past) for a in (x[:, 1:], x[:, :-1], past))
     count, steps = weight.sum(1), x.new_full((N,), float(T - 1))
     m0, P0 = x[:, 0], P[:, 0]
     if pool:
-        S11, S00, S10, Syx, Sxx, Syy = (
-            s.sum(0, keepdim=True).expand_as(s) for s in (S11, S00, S10, Syx, Sxx, Syy)
+        S11, S00, S10, Syx, Sxx, Syy, S1u, S0u, Suu = (
+            s.sum(0, keepdim=True).expand_as(s) for s in (S11, S00, S10, Syx, Sxx, Syy, S1u, S0u, Suu)
         )
         count, steps = count.sum().expand(N), steps.sum().expand(N)
         first = m0.mean(0, keepdim=True)
@@ -241,9 +277,15 @@ def m_step(
         P0 = (P0 + spread[..., :, None] * spread[..., None, :]).mean(0, keepdim=True).expand_as(P0)
         m0 = first.expand_as(m0)
     penalty = 1e-2 * S00.diagonal(dim1=-2, dim2=-1).mean(-1) if ridge else torch.zeros(N, dtype=y.dtype)
-    eye = torch.eye(d, dtype=y.dtype)
-    A = torch.cholesky_solve(S10.mT, torch.linalg.cholesky(symmetric(S00) + penalty[:, None, None] * eye)).mT
-    Q = (S11 - A @ S10.mT - S10 @ A.mT + A @ S00 @ A.mT) / steps[:, None, None]
+    W, absent = whitening(Suu)
+    S0v = S0u @ W
+    S1z = torch.cat([S10, S1u @ W], -1)
+    Szz = torch.cat([torch.cat([S00, S0v], -1), torch.cat([S0v.mT, W.mT @ Suu @ W], -1)], -2)
+    # A direction that no input took gets a unit of its own: its coefficient is then 0.
+    lift = torch.cat([penalty[:, None].expand(N, d), absent.to(y.dtype)], -1)
+    AD = torch.cholesky_solve(S1z.mT, torch.linalg.cholesky(symmetric(Szz) + torch.diag_embed(lift))).mT
+    A, D = AD[..., :d], AD[..., d:] @ W.mT
+    Q = (S11 - AD @ S1z.mT - S1z @ AD.mT + AD @ Szz @ AD.mT) / steps[:, None, None]
     if known_C is None:
         C = torch.cholesky_solve(Syx.mT, torch.linalg.cholesky(symmetric(Sxx))).mT
     else:
@@ -252,7 +294,7 @@ def m_step(
     Q, low_Q = floored(Q)
     R, low_R = floored(R)
     P0, low_P = floored(P0)
-    return StateSpace(A, C, Q, R, m0, P0), low_Q | low_R | low_P
+    return StateSpace(A, C, Q, R, m0, P0, D), low_Q | low_R | low_P
 
 
 @dataclass
@@ -272,13 +314,14 @@ class Fit:
 def em(
     model: StateSpace,
     y: Tensor,
+    u: Tensor | None = None,
     *,
     iterations: int = 40,
     known_C: Tensor | None = None,
     pool: bool = False,
     tol: float = 1e-6,
 ) -> Fit:
-    """At most `iterations` EM steps from `model` on y [N, T, m]; a series stops at a relative gain below `tol`.
+    """At most `iterations` EM steps from `model` on y [N, T, m], inputs u [N, T, k]; a series stops at a relative gain below `tol`.
 
     The likelihood must not fall by more than 1e-8 of itself while neither a floor nor the ridge is active (TrainingFault):
     that would be an error in the recursions.  The ridge on A is active while T < 20 d.
@@ -290,7 +333,7 @@ def em(
     excused = torch.ones(N, dtype=torch.bool)
     trace: list[Tensor] = []
     for _ in range(iterations + 1):
-        filtered = kalman_filter(model, y)
+        filtered = kalman_filter(model, y, u)
         value = filtered.log_likelihood
         total = value.sum().expand(N) if pool else value
         before = previous.sum().expand(N) if pool else previous
@@ -304,7 +347,7 @@ def em(
         active = active & ~(gain.abs() < tol)
         if len(trace) > iterations or not bool(active.any()):
             break
-        new, low = m_step(y, smoother(model, filtered), known_C, ridge=ridge, pool=pool)
+        new, low = m_step(y, smoother(model, filtered), known_C, u, ridge=ridge, pool=pool)
         model = new.where(active, model)
         excused = (low.any().expand(N) if pool else low) | ridge
         previous = value
@@ -319,14 +362,46 @@ def capped(model: StateSpace, radius: float = 0.999) -> tuple[StateSpace, Tensor
     return model._replace(A=model.A * scale[:, None, None]), over
 
 
+def input_matrix(A: Tensor, C: Tensor, y: Tensor, u: Tensor) -> Tensor:
+    """Least-squares D [N, d, k] of y_t = C x_t, x_{t+1} = A x_t + D u_t, x_1 = 0, given A and C (of minimum norm if it is not unique).
+
+    y [N, T, m], u [N, T, k]; rows of y with a NaN are left out.
+    """
+    N, T = y.shape[:2]
+    d, k = A.shape[-1], u.shape[-1]
+    # y is linear in D: column (j, i) is what it would be, were D[i, j] 1 and the rest 0.
+    shift = torch.nn.functional.pad(u, (0, 0, 1, -1)).mT[:, :, None, :, None]
+    unit = (shift * torch.eye(d, dtype=y.dtype)[:, None]).flatten(0, 2)
+    state = scan(A.repeat_interleave(k * d, 0), unit, unit.new_zeros(len(unit), d))
+    response = state.view(N, k * d, T, d) @ C.mT[:, None]
+    seen = (~y.isnan().any(-1)).to(y.dtype)[..., None]
+    target = (torch.nan_to_num(y) * seen).flatten(1).unsqueeze(-1)
+    design = (response * seen[:, None]).flatten(2).mT
+    return torch.linalg.lstsq(design, target, driver="gelsd").solution.view(N, k, d).mT
+
+
+def _without_inputs(z: Tensor, u: Tensor, seen: Tensor, lags: int) -> Tensor:
+    """Residual of z [N, T, m] on a constant and the last `lags` inputs, in the rows `seen` [N, T, 1]; 0 in the others."""
+    past = [torch.nn.functional.pad(u, (0, 0, lag, -lag)) for lag in range(1, lags + 1)]
+    design = torch.cat([torch.ones_like(seen), *past], -1) * seen
+    return z - design @ torch.linalg.lstsq(design, z, driver="gelsd").solution
+
+
 def subspace(
-    y: Tensor, d: int, *, rows: int = 6, radius: float = 0.98, known_C: Tensor | None = None
+    y: Tensor,
+    d: int,
+    u: Tensor | None = None,
+    *,
+    rows: int = 6,
+    radius: float = 0.98,
+    known_C: Tensor | None = None,
 ) -> tuple[StateSpace, Tensor]:
     """Start for EM from autocovariances of y [N, T, m] (missing rows are left out of the sums); also singular values.
 
     H_ij = Lambda_{i+j+1} with `rows` block rows; O = U_d S_d^(1/2); C its first m rows, A from its shift, rescaled to a
     spectral radius of at most `radius`.  Then Q = 0.1 I, R = Cov(y) / 2, m0 = 0, P0 = I.  With a known C the model is moved
-    into a gauge that has it.  Returns (models, singular values [N, rows * m]).
+    into a gauge that has it.  What the last `rows` inputs u [N, T, k] explain is taken out of y first, since a cycle in them would pass
+    for a memory of the state; D is then the least-squares one for A and C.  Returns (models, singular values [N, rows * m]).
     """
     N, T, m = y.shape
     if d > rows * m:
@@ -339,6 +414,8 @@ def subspace(
     if bool((z.abs().amax(1) == 0).any()):
         series, column = (z.abs().amax(1) == 0).nonzero()[0].tolist()
         raise DataError(f"observation column {column} of series {series} is constant: leave it out")
+    if u is not None and u.shape[-1]:
+        z = _without_inputs(z, u, seen[..., None], rows)
     blocks = [torch.einsum("nti,ntj->nij", z[:, k:], z[:, : T - k]) / (T - k) for k in range(2 * rows)]
     hankel = torch.cat([torch.cat([blocks[i + j + 1] for j in range(rows)], -1) for i in range(rows)], -2)
     U, values, _ = torch.linalg.svd(hankel)
@@ -353,7 +430,8 @@ def subspace(
         S = torch.linalg.pinv(known) @ C + _null(known) @ _null(C).mT
         A = S @ A @ torch.linalg.inv(S)
         C, Q = known, symmetric(0.1 * S @ S.mT)
-    return StateSpace(A, C, Q, 0.5 * blocks[0], torch.zeros(N, d, dtype=y.dtype), eye), values
+    D = None if u is None or not u.shape[-1] else input_matrix(A, C, y - mean, u)
+    return StateSpace(A, C, Q, 0.5 * blocks[0], torch.zeros(N, d, dtype=y.dtype), eye, D), values
 
 
 def _null(C: Tensor) -> Tensor:
@@ -362,7 +440,7 @@ def _null(C: Tensor) -> Tensor:
 
 
 def unit_gauge(model: StateSpace) -> StateSpace:
-    """The same law with coordinates of x in which the stationary covariance is I."""
+    """The same law with coordinates of x in which the stationary covariance (without inputs) is I."""
     factor = torch.linalg.cholesky(stationary_covariance(model.A, model.Q))
 
     def whiten(x: Tensor) -> Tensor:
@@ -375,4 +453,5 @@ def unit_gauge(model: StateSpace) -> StateSpace:
         model.R,
         whiten(model.m0.unsqueeze(-1)).squeeze(-1),
         symmetric(whiten(whiten(model.P0).mT)),
+        whiten(model.D),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mobula.algorithms.common.games import matrix
-from mobula.algorithms.games.fictitious_play_po import Play, bonuses, play_episode
+from mobula.algorithms.games.fictitious_play_po import Play, Trajectories, bonuses
 
 
 def nash_value_iteration(r: Tensor, P: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,12 +36,8 @@ def nash_value_iteration(r: Tensor, P: Tensor, bonus: Tensor) -> tuple[Tensor, T
 class NashVI(Play):
     """`Play` with the update of Nash value iteration in place of mirror steps."""
 
-    def episode(self, u: Tensor) -> Tensor:
-        self._record(self.mu, self.nu)
-        total = play_episode(self.game, self.mu, self.nu, u, self.counts)
-        self.k += 1
+    def _update(self, seen: Trajectories) -> None:
         r, (P,) = self.counts.model()
         reward, (moving,) = bonuses(self.counts, False, self._horizon(), self.delta, self.scale)
         self.mu, self.nu, low, high = nash_value_iteration(r, P, reward + moving.unsqueeze(-1))
         self.bounds = torch.stack([low[:, self.game.start], high[:, self.game.start]])  # type: ignore[index]
-        return total

@@ -10,22 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from mobula.algorithms.bandits.emkf_bandit import (
-    EMKFBandit,
-    EMKFBanditConfig,
-    Streams,
+from mobula.algorithms.bandits.emkf_bandit.experiment import play
+from mobula.algorithms.bandits.emkf_bandit.learner import Streams
+from mobula.algorithms.bandits.emkf_bandit.math import (
     arm_estimates,
+    arm_features,
+    bic,
     choose,
+    identified,
     noise_rows,
+    padded,
     refit_times,
+    shared_thompson_probabilities,
     thompson_probabilities,
+    truncated,
+    widths,
 )
-from mobula.algorithms.bandits.emkf_experiment import play
+from mobula.algorithms.bandits.emkf_bandit.method import EMKFBandit, EMKFBanditConfig
 from mobula.algorithms.common.linear import kalman
 from mobula.algorithms.common.linear.kalman import StateSpace
 from mobula.artifact import export_policy, load_policy
-from mobula.envs.bandits import draw_instances, draw_paths
+from mobula.envs.bandits import LinearBandit, draw_instances, draw_paths
 from mobula.errors import ConfigError, DataError, EnvironmentFault
+from mobula.sampling.conformance import check_env
 
 
 def test_estimates_are_ridge_regressions() -> None:
@@ -34,7 +41,8 @@ def test_estimates_are_ridge_regressions() -> None:
     r = torch.randn(30, dtype=torch.float64, generator=g)
     context = torch.randn(3, dtype=torch.float64, generator=g)
     B = 0.5 * torch.eye(3, dtype=torch.float64) + x.T @ x
-    mean, width = arm_estimates(B[None], (x.T @ r)[None], context)
+    mean, white = arm_estimates(B[None], (x.T @ r)[None], context[None])
+    width = widths(white)
     inverse = torch.linalg.inv(B)
     assert float(mean) == pytest.approx(float(context @ inverse @ x.T @ r))
     assert float(width) == pytest.approx(float(context @ inverse @ context))
@@ -59,14 +67,14 @@ def test_thompson_probabilities() -> None:
 
 def test_choices() -> None:
     mean = torch.tensor([[0.0, 1.0, 0.5]]).double()
-    width = torch.tensor([[4.0, 0.0, 1.0]]).double()
+    white = torch.tensor([[[2.0], [0.0], [-1.0]]]).double()
     one = torch.ones(1, 1, dtype=torch.float64)
     noise = torch.tensor([[1.0, 0.0, 0.0, 5.0]]).double()
-    assert choose("ts", mean, width, one, noise, 1).tolist() == [0]
-    assert choose("ts", mean, width, 0.1 * one, noise, 1).tolist() == [1]
-    assert choose("linucb", mean, width, one, noise, 1).tolist() == [0]
-    assert choose("greedy", mean, width, one, noise, 1).tolist() == [0]
-    assert choose("greedy", mean, width, one, noise, 10**9).tolist() == [1]
+    assert choose("ts", mean, white, one, noise, 1).tolist() == [0]
+    assert choose("ts", mean, white, 0.1 * one, noise, 1).tolist() == [1]
+    assert choose("linucb", mean, white, one, noise, 1).tolist() == [0]
+    assert choose("greedy", mean, white, one, noise, 1).tolist() == [0]
+    assert choose("greedy", mean, white, one, noise, 10**9).tolist() == [1]
     assert refit_times(1600, 500) == [50, 100, 200, 400, 500, 1000, 1500]
     assert refit_times(600, 250) == [50, 100, 200, 250, 500]
 
@@ -109,6 +117,46 @@ def test_more_starts_never_fit_worse() -> None:
     assert bool((fits[1] >= fits[0] - 1e-9).all())
 
 
+def test_spare_dimensions_change_nothing() -> None:
+    instance = draw_instances([1, 2], season=3)
+    model, paths = StateSpace(*instance.model), draw_paths(instance, [1, 2], 50)
+    u = paths.u.expand(2, -1, -1)
+    plain, wide = (kalman.kalman_filter(m, paths.y, u) for m in (model, padded(model, 6)))
+    torch.testing.assert_close(wide.mean[..., :4], plain.mean)
+    assert float(wide.mean[..., 4:].abs().max()) == 0.0
+    torch.testing.assert_close(wide.log_likelihood, plain.log_likelihood)
+    for back, part in zip(truncated(padded(model, 6), 4), model, strict=True):
+        torch.testing.assert_close(back, part)
+
+
+def test_the_order_is_chosen_by_bic() -> None:
+    """One real pole and a rotation of the plane, both in noise: orders that a thousand observations tell apart."""
+    assert float(bic(torch.tensor(-10.0), 2, 3, torch.tensor(100.0))) == pytest.approx(
+        20 + 18 * math.log(100)
+    )
+    g = torch.Generator().manual_seed(0)
+    T = 1000
+    pole = torch.zeros(T, dtype=torch.float64)
+    plane = torch.zeros(T, 2, dtype=torch.float64)
+    c, s = 0.98 * math.cos(0.5), 0.98 * math.sin(0.5)
+    turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    for t in range(1, T):
+        pole[t] = 0.95 * pole[t - 1] + 0.3 * torch.randn((), dtype=torch.float64, generator=g)
+        plane[t] = turn @ plane[t - 1] + 0.3 * torch.randn(2, dtype=torch.float64, generator=g)
+    noise = 0.3 * torch.randn(2, T, 2, dtype=torch.float64, generator=g)
+    y = torch.stack([pole[:, None] * torch.tensor([1.0, 0.5]).double(), plane]) + noise
+    streams = Streams(2, 2, 3, d="bic", em_iters=15)
+    streams.t = T + 1
+    streams.y = torch.cat([y, y[:, :1]], 1)
+    fit = streams._select(y, y[..., :0])
+    assert streams.order.tolist() == [1, 2]
+    assert fit.model.A.shape == (2, 6, 6) and float(fit.model.A[0, 1:].abs().max()) == 0.0
+    with pytest.raises(ConfigError, match="known_C fixes the hidden dimension"):
+        EMKFBanditConfig().training(d="bic", known_C=[[1.0], [0.0]]).validate()
+    with pytest.raises(ConfigError, match="'bic'"):
+        EMKFBanditConfig().training(d="aic")
+
+
 def test_forgetting_weighs_the_past_alike_online_and_after_a_refit() -> None:
     streams, _, _ = played([0], rounds=260, forget=0.98)
     online = streams.B.clone(), streams.f.clone()
@@ -116,6 +164,23 @@ def test_forgetting_weighs_the_past_alike_online_and_after_a_refit() -> None:
     streams._rebuild()
     torch.testing.assert_close(streams.f, online[1])
     torch.testing.assert_close(streams.B, online[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"restarts": 2, "init": "random"}])
+def test_pooled_streams_share_one_model_and_one_regression(options: dict[str, Any]) -> None:
+    """Two customers of one law, each with a history of its own."""
+    instance = draw_instances([0, 0])
+    paths = draw_paths(instance, [0, 1], 205)
+    streams = Streams(2, 2, 5, pool=True, em_iters=5, ridge=2.0, **options)
+    chosen, _ = play(streams, paths, [0, 1])
+    for part in streams.model:
+        torch.testing.assert_close(part[0], part[1], atol=0, rtol=0)
+    assert streams.refits == 3
+    states = kalman.kalman_filter(streams.model, paths.y).mean
+    for arm in range(5):
+        rows, r = states[chosen == arm], paths.rewards[..., arm][chosen == arm]
+        torch.testing.assert_close(streams.B[0, arm], 2.0 * torch.eye(4, dtype=torch.float64) + rows.T @ rows)
+        torch.testing.assert_close(streams.f[0, arm], rows.T @ r)
 
 
 def test_rewards_sharpen_the_filter() -> None:
@@ -154,6 +219,219 @@ def test_every_option_earns_more_than_an_arm_at_random(options: dict[str, Any]) 
     assert float(earned.mean()) > 40
 
 
+# One parameter for all arms -----------------------------------------------------------------------------------
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def blocks(arms: int, p: int) -> torch.Tensor:
+    """M_a that put the context into block a of an otherwise empty vector: the shared parameter is then all arms' own, stacked."""
+    return torch.eye(arms * p, dtype=torch.float64).view(arms, p, arms * p).mT
+
+
+def test_shared_estimates_are_one_ridge_regression() -> None:
+    maps, x, r, context = normal(0, 3, 4, 2), normal(1, 40, 2), normal(2, 40), normal(3, 2)
+    arms = torch.arange(40) % 3
+    phi = torch.stack([maps[a] @ x[t] for t, a in enumerate(arms)])
+    B = 0.5 * torch.eye(4, dtype=torch.float64) + phi.T @ phi
+    mean, white = arm_estimates(B[None], (phi.T @ r)[None], arm_features(context, maps, 3))
+    # Ridge regression is least squares with rows sqrt(lambda) I, 0 added.
+    rows = torch.cat([phi, 0.5**0.5 * torch.eye(4, dtype=torch.float64)])
+    theta = torch.linalg.lstsq(rows, torch.cat([r, torch.zeros(4).double()])[:, None]).solution.squeeze(1)
+    torch.testing.assert_close(mean, torch.stack([theta @ m @ context for m in maps]))
+    features = torch.stack([m @ context for m in maps])
+    torch.testing.assert_close(white @ white.T, features @ torch.linalg.inv(B) @ features.T)
+
+
+def test_shared_thompson_draws_one_parameter() -> None:
+    """Choices, and the probabilities that are served, against draws of theta itself from N(B^{-1} f, v^2 B^{-1})."""
+    phi, root, f = normal(0, 4, 3), normal(1, 3, 3), normal(2, 3)
+    B, v, draws = root @ root.T + torch.eye(3, dtype=torch.float64), 0.7, 200_000
+    mean, white = arm_estimates(B[None], f[None], phi)
+    noise = normal(3, draws, 5)
+    expand = (draws, -1, -1)
+    arms = choose(
+        "ts",
+        mean.expand(draws, -1),
+        white.expand(expand),
+        torch.full((draws, 1), v).double(),
+        noise,
+        1,
+        shared=True,
+    )
+    cov = v**2 * torch.linalg.inv(B)
+    theta = torch.linalg.solve(B, f) + normal(4, draws, 3) @ torch.linalg.cholesky(cov).T
+    wanted = torch.bincount((theta @ phi.T).argmax(1), minlength=4) / draws
+    assert float(wanted.min()) > 0.03
+    share = torch.bincount(arms, minlength=4) / draws
+    torch.testing.assert_close(share, wanted, atol=6e-3, rtol=0)
+    served = shared_thompson_probabilities(mean, v * white)
+    torch.testing.assert_close(served.float(), wanted, atol=5e-3, rtol=0)
+    # Draws arm by arm, as if each had its own theta, are another law.
+    apart = thompson_probabilities(mean, v * widths(white).sqrt())
+    assert float((apart.float() - wanted).abs().max()) > 0.03
+
+
+def test_shared_thompson_probabilities_in_closed_form() -> None:
+    # Two arms: the difference of two correlated Gaussians.
+    mean, spread = torch.tensor([0.3, 0.1]).double(), normal(0, 2, 3)
+    gap = (mean[0] - mean[1]) / (spread[0] - spread[1]).norm()
+    torch.testing.assert_close(shared_thompson_probabilities(mean, spread)[0], torch.special.ndtr(gap))
+    # Three arms of equal mean: arm a wins with probability 1/4 + arcsin(rho) / (2 pi), rho the correlation of its two leads.
+    spread = normal(1, 2, 3, 2)
+    found = shared_thompson_probabilities(torch.zeros(2, 3).double(), spread)
+    for n in range(2):
+        for a in range(3):
+            one, other = (spread[n, a] - spread[n, b] for b in range(3) if b != a)
+            rho = float(one @ other / (one.norm() * other.norm()))
+            assert float(found[n, a]) == pytest.approx(0.25 + math.asin(rho) / (2 * math.pi), abs=1e-3)
+    # Independent arms.
+    mean, scale = normal(2, 4), normal(3, 4).abs()
+    torch.testing.assert_close(
+        shared_thompson_probabilities(mean, torch.diag(scale)),
+        thompson_probabilities(mean, scale),
+        atol=1e-3,
+        rtol=0,
+    )
+    # Nothing to draw: the best arm, and of equal ones the first.
+    certain = shared_thompson_probabilities(
+        torch.tensor([0.0, 1.0, 1.0]).double(), torch.zeros(3, 2).double()
+    )
+    assert certain.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"forget": 0.98, "intercept": True},
+        {"use_rewards": True, "intercept": True},
+        {"use_rewards": True, "sigma": 0.1, "pool": True},
+    ],
+)
+def test_stacked_parameters_are_the_arms_own(options: dict[str, Any]) -> None:
+    """theta = (theta_1, ..., theta_K) with phi_a = e_a (x) x is the bandit with a parameter an arm: same choices, same statistics."""
+    seeds, p = [0, 0] if options.get("pool") else [0, 1], 4 + options.get("intercept", False)
+    options = {"policy": "linucb", "em_iters": 5, **options}
+    own, arms, _ = played(seeds, rounds=110, **options)
+    shared, chosen, _ = played(seeds, rounds=110, arm_features=blocks(5, p), **options)
+    assert torch.equal(arms, chosen)
+    torch.testing.assert_close(shared.f.view(-1, 5, p), own.f)
+    torch.testing.assert_close(shared.B[:, 0], torch.stack([torch.block_diag(*B) for B in own.B]))
+    torch.testing.assert_close(shared.mean, own.mean)
+    for bandit in (own, shared):
+        bandit.inflate, bandit.sigma = True, 0.1
+    torch.testing.assert_close(shared.estimates()[2], own.estimates()[2])
+
+
+@pytest.mark.parametrize("rounds", [90, 120])
+def test_shared_statistics_are_those_of_the_filtered_history(rounds: int) -> None:
+    """Online after the refit at 50, and rebuilt by the one at 100."""
+    maps = normal(5, 5, 3, 4)
+    streams, chosen, (_, paths) = played(
+        [0, 1], rounds=rounds, ridge=2.0, forget=0.97, arm_features=maps, em_iters=5
+    )
+    states = kalman.kalman_filter(streams.model, paths.y).mean
+    for n in range(2):
+        phi = torch.stack([maps[a] @ states[n, t] for t, a in enumerate(chosen[n])])
+        weight = 0.97 ** torch.arange(rounds - 1, -1, -1).double()
+        r = paths.rewards[n, torch.arange(rounds), chosen[n]]
+        torch.testing.assert_close(
+            streams.B[n, 0], 2.0 * torch.eye(3, dtype=torch.float64) + phi.T @ (weight[:, None] * phi)
+        )
+        torch.testing.assert_close(streams.f[n, 0], phi.T @ (weight * r))
+    assert streams.refits == (rounds >= 50) + (rounds >= 100)
+
+
+def test_features_must_be_of_what_known_C_fixes() -> None:
+    """M x is the same in all coordinates that keep C, or it is not; both by a change of coordinates along the null space of C."""
+    C = normal(0, 2, 4)
+    null = torch.linalg.svd(C).Vh[2:].T
+    S = torch.eye(4, dtype=torch.float64) + null @ normal(1, 2, 4)
+    torch.testing.assert_close(C @ S, C)
+    fixed, loose = normal(2, 5, 3, 2) @ C, normal(3, 5, 3, 4)
+    assert identified(fixed, C) and not identified(loose, C)
+    torch.testing.assert_close(fixed @ S, fixed)
+    assert float((loose @ S - loose).abs().max()) > 0.1
+
+
+# Inputs -------------------------------------------------------------------------------------------------------
+
+
+def seasonal(seeds: list[int], rounds: int, **options: Any) -> tuple[Streams, torch.Tensor, Any]:
+    instance = draw_instances(seeds, season=7, radius=0.9)
+    paths = draw_paths(instance, seeds, rounds)
+    streams = Streams(len(seeds), 2, 5, **options)
+    chosen, _ = play(streams, paths, seeds)
+    return streams, chosen, (instance, paths)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rewards": True, "sigma": 1e6}, {"d": "bic"}])
+def test_inputs_reach_the_filter_one_round_later(options: dict[str, Any]) -> None:
+    """Online and rebuilt states are those of the model in one pass, here written out (rewards as noisy as here tell it nothing)."""
+    streams, _, (_, paths) = seasonal([0, 1], 130, inputs=7, em_iters=5, **options)
+    model = streams.model
+    assert streams.refits == 2 and float(model.D.abs().max()) > 0.1
+    for n in range(2):
+        A, C, Q, R, x, P, D = (part[n] for part in model)
+        for t in range(130):
+            if t > 0:
+                x, P = A @ x + D[:, (t - 1) % 7], A @ P @ A.T + Q
+            gain = P @ C.T @ torch.linalg.inv(C @ P @ C.T + R)
+            x, P = x + gain @ (paths.y[n, t] - C @ x), P - gain @ C @ P
+            torch.testing.assert_close(streams.x[n, t], x, atol=1e-6, rtol=1e-6)
+
+
+def test_a_known_cycle_is_fitted() -> None:
+    """By more than the 14 numbers of the cycle that y shows would add by chance (7, a half of each)."""
+    with_it, without = (seasonal([0, 1], 201, em_iters=10, **options)[0] for options in ({"inputs": 7}, {}))
+    assert with_it.refits == without.refits == 3
+    assert bool((with_it.likelihood > without.likelihood + 20).all())
+
+
+def test_the_cycle_of_the_environment() -> None:
+    """Without noise, y_t = C sum_s A^s D u_{t-1-s}, in the environment and in the paths of an experiment alike."""
+    quiet = {"q": 1e-20, "r": 1e-20, "radius": 0.9, "season": 3}
+    check_env(lambda num_envs=1, **more: LinearBandit(num_envs, season=3, **more), steps=100)
+    env = LinearBandit(2, instance=4, **quiet)
+    law = draw_instances([4], **quiet)
+    paths = draw_paths(law, [4], 8)
+    obs, _ = env.reset(seed=0)
+    A, C, D = law.A[0], law.C[0], law.D[0]
+    torch.testing.assert_close(D.mean(1), torch.zeros(4).double())
+    for t in range(8):
+        past = range(t)
+        wanted = sum((C @ torch.linalg.matrix_power(A, t - 1 - s) @ D[:, s % 3] for s in past), 0 * C[:, 0])
+        torch.testing.assert_close(obs[:, :2].double(), wanted.expand(2, 2), atol=1e-5, rtol=1e-5)
+        assert obs[:, 2:].argmax(1).tolist() == [t % 3] * 2 and float(obs[:, 2:].sum()) == 2
+        torch.testing.assert_close(paths.y[0, t], wanted, atol=1e-8, rtol=0)
+        assert paths.u[t].tolist() == obs[0, 2:].tolist()
+        obs = env.step(torch.zeros(2, dtype=torch.int64))[0]
+
+
+def test_means_of_inputs_go_with_means_of_observations() -> None:
+    """With `demean`, constants added to y and to u change no filtered state."""
+    states = []
+    for shift in (0.0, 3.0):
+        instance = draw_instances([0, 1], season=3, radius=0.9)
+        paths = draw_paths(instance, [0, 1], 130)
+        u = normal(6, 130, 3) + shift
+        streams = Streams(2, 2, 5, inputs=3, demean=True, em_iters=5)
+        for t in range(130):
+            streams.observe(paths.y[:, t] + shift, u[t])
+            streams.act(torch.zeros(2, 6, dtype=torch.float64))
+            streams.reward(torch.zeros(2, dtype=torch.float64))
+        states.append(streams.x[:, 100:130])
+    torch.testing.assert_close(states[0], states[1], atol=1e-6, rtol=1e-6)
+
+
+def test_bic_counts_what_inputs_add() -> None:
+    plain, driven = (bic(torch.tensor(-10.0), 2, 3, torch.tensor(100.0), k) for k in (0, 5))
+    assert float(driven - plain) == pytest.approx(10 * math.log(100), rel=1e-5)
+
+
 # Through RLlib --------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +463,7 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
         answer = policy.answer(y[t].numpy(), state=state)
         state = answer["state"]
         np.testing.assert_allclose(answer["x_hat"], wanted[t].numpy(), atol=1e-9)
-    mean, _ = arm_estimates(bandit.B[0], bandit.f[0], wanted[-1])
+    mean, _ = arm_estimates(bandit.B[0], bandit.f[0], arm_features(wanted[-1], None, 5))
     assert int(answer["action"]) == int(mean.argmax())
     assert answer["p_best"].sum() == pytest.approx(1.0)
     # A missing observation is a prediction.
@@ -198,11 +476,73 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
         each.stop()
 
 
+def test_inputs_through_rllib(ray_session: None, tmp_path: Path) -> None:
+    made = config(inputs=7).environment("linear_bandit", env_config={"season": 7, "radius": 0.9})
+    algorithm = made.build_algo()
+    for _ in range(2):
+        algorithm.train()
+    restored = EMKFBandit.from_checkpoint(algorithm.save_to_path(str(tmp_path / "checkpoint")))
+    assert algorithm.train()["env_runners"]["reward_sum"] == restored.train()["env_runners"]["reward_sum"]
+    bandit = algorithm.streams
+    assert bandit.m == 2 and float(bandit.model.D.abs().max()) > 0.1
+    policy = load_policy(export_policy(algorithm, tmp_path / "policy"))
+    y, u = bandit.y[:1, :20].float().double(), torch.eye(7, dtype=torch.float64).repeat(3, 1)[:20]
+    y[0, 11] = math.nan
+    wanted = kalman.kalman_filter(StateSpace(*(part[:1] for part in bandit.model)), y, u.unsqueeze(0)).mean[0]
+    state = None
+    for t in range(20):
+        answer = policy.answer(torch.cat([y[0, t], u[t]]).numpy(), state=state)
+        state = answer["state"]
+        np.testing.assert_allclose(answer["x_hat"], wanted[t].numpy(), atol=1e-9)
+    with pytest.raises(DataError, match="last 7 numbers are inputs"):
+        policy.answer([0.0, 0.0, math.nan, *[0.0] * 6], state=state)
+    algorithm.obs[0, 3] = math.nan
+    with pytest.raises(EnvironmentFault, match="environment 0 gave an input that is no number in round 301"):
+        algorithm.training_step()
+    with pytest.raises(ConfigError, match="inputs is 9, and the observations"):
+        made.copy(copy_frozen=False).training(inputs=9).build_algo()
+    for each in (algorithm, restored):
+        each.stop()
+
+
+def test_a_shared_parameter_through_rllib(ray_session: None, tmp_path: Path) -> None:
+    """Stacked parameters earn what the arms' own do; what is served is the law of one draw."""
+    eye = torch.eye(2).tolist()
+    algorithms = []
+    for knobs in ({}, {"arm_features": blocks(5, 2).tolist()}):
+        made = config(d=2, known_C=eye, policy="linucb", **knobs).environment(
+            "linear_bandit", env_config={"d": 2}
+        )
+        algorithms.append(made.build_algo())
+    own, shared = algorithms
+    for _ in range(2):
+        assert own.train()["env_runners"]["reward_sum"] == shared.train()["env_runners"]["reward_sum"]
+    answers = [
+        load_policy(export_policy(algorithm, tmp_path / str(i))).answer([0.5, -0.2])
+        for i, algorithm in enumerate(algorithms)
+    ]
+    np.testing.assert_allclose(answers[0]["x_hat"], answers[1]["x_hat"], atol=1e-9)
+    assert answers[0]["action"] == answers[1]["action"]
+    np.testing.assert_allclose(answers[0]["p_best"], answers[1]["p_best"], atol=2e-3)
+    for algorithm in algorithms:
+        algorithm.stop()
+
+
 def test_what_is_refused(ray_session: None) -> None:
     with pytest.raises(ConfigError, match="one batch in one process"):
         config().env_runners(num_env_runners=2).validate()
     with pytest.raises(ConfigError, match=r"known_C is \(1, 2\)"):
         config(known_C=[[1.0, 0.0]]).build_algo()
+    with pytest.raises(ConfigError, match="known_C is no array of numbers"):
+        config(known_C=[[1.0, 0.0], [1.0]]).validate()
+    with pytest.raises(ConfigError, match="leave normalise_gauge off"):
+        config(known_C=np.eye(2, 4).tolist(), normalise_gauge=True).validate()
+    with pytest.raises(ConfigError, match="arm_features need known_C"):
+        config(arm_features=[[[1.0, 0.0, 0.0, 0.0]]] * 5).validate()
+    with pytest.raises(ConfigError, match="a row of arm_features is no combination"):
+        config(known_C=np.eye(2, 4).tolist(), arm_features=[[[1.0, 0.0, 0.1, 0.0]]] * 5).validate()
+    with pytest.raises(ConfigError, match=r"arm_features is \(4, 1, 4\)"):
+        config(known_C=np.eye(2, 4).tolist(), arm_features=[[[1.0, 0.0, 0.0, 0.0]]] * 4).build_algo()
     with pytest.raises(ConfigError, match="observations that are vectors"):
         config().environment("goal_grid").build_algo()
     with pytest.raises(ConfigError, match="has episodes"):

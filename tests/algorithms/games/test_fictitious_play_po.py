@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mobula.algorithms.games import fictitious_play_po as fp
+from mobula.algorithms.games.baselines.ind_q import IndependentQ, q_step
 from mobula.algorithms.games.baselines.nash_vi import NashVI, nash_value_iteration
+from mobula.algorithms.games.fictitious_play_neural import NeuralPlay, clipped_surrogate, own_rewards
 from mobula.algorithms.games.fictitious_play_po import (
     Counts,
     FictitiousPlayPO,
@@ -126,7 +128,9 @@ def test_play_and_counts(name: str) -> None:
     mu, nu = mu[:1].expand_as(mu), nu[:1].expand_as(nu)
     counts = Counts.of(game)
     u = torch.rand(n, H, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    total = fp.play_episode(game, mu, nu, u, counts)
+    seen = fp.play_episodes(game, mu, nu, u.unsqueeze(1))
+    counts.add(seen)
+    total = seen.reward.sum((1, 2))
     value = exact.value(one, mu[0], nu[0])
     assert float(total.mean()) == pytest.approx(float(value), abs=4 * float(total.std()) / n**0.5)
     pooled = Counts(counts.visits.sum(0), counts.rewards.sum(0), [moves.sum(0) for moves in counts.moves])
@@ -214,6 +218,81 @@ def test_the_structure_of_logged_transitions_is_checked() -> None:
         fp.check_structure(tabular.patrol(), visits, visits.unsqueeze(-1) * P)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_several_episodes_an_iteration(name: str) -> None:
+    """Counts are those of the episodes one by one; the step is m times as long; the bookkeeping counts iterations."""
+    game = tabular.stack([tabular.make_game(name, seed) for seed in (0, 1)])
+    u = torch.rand(2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together, single = Play(game, episodes=10, episodes_per_iteration=4), Counts.of(game)
+    mu, nu = together.mu, together.nu
+    together.episode(u)
+    for e in range(4):
+        single.add(fp.play_episodes(game, mu, nu, u[:, e : e + 1]))
+    torch.testing.assert_close(together.counts.visits, single.visits)
+    torch.testing.assert_close(together.counts.moves[0], single.moves[0])
+    gain, *_ = fp.gains(
+        single, mu, nu, game.start, factored=together.factored, episodes=10, delta=0.1, scale=0.02
+    )
+    eta = fp.step_sizes(game, 10, 4.0, 4.0)[0]
+    torch.testing.assert_close(together.mu, fp.mirror_step(mu, gain, 4 * eta))
+    assert together.k == 1
+
+
+def test_independent_q_learning_solves_a_game_against_a_fixed_opponent() -> None:
+    """With exploring starts of one player and a fixed other, Q approaches the best reply's values by dynamic programming."""
+    one = tabular.random_single_controller(3)
+    game = tabular.stack([one] * 50)
+    shape = one.P.shape[:-1]
+    Q = torch.zeros(50, *shape, dtype=torch.float64)
+    visits = torch.zeros_like(Q)
+    uniform = torch.full((50, *shape), 1 / shape[-1], dtype=torch.float64)
+    nu = torch.full((50, 3, 4, 3), 1 / 3, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        seen = fp.play_episodes(game, uniform, nu, torch.rand(50, 1, 3, 5, dtype=torch.float64, generator=g))
+        Q, visits = q_step(Q, visits, seen.i[:, 0], seen.a[:, 0], seen.reward[:, 0])
+    exact_Q, V = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
+    for h in reversed(range(3)):
+        exact_Q[h] = one.r[h].mean(-1) + one.P[h] @ V
+        V = exact_Q[h].amax(-1)
+    often = visits.mean(0) > 100
+    assert int(often.sum()) > 15
+    torch.testing.assert_close(Q.mean(0)[often], exact_Q[often], atol=0.05, rtol=0)
+    play = IndependentQ(tabular.stack([one]), episodes=20)
+    for k in range(20):
+        play.episode(fp.uniforms([0], 20, 3)[:, k])
+    assert float(play.mu.sum(-1).max()) == pytest.approx(1.0) and play.k == 20
+
+
+def test_the_clipped_surrogate() -> None:
+    old = torch.tensor([0.5, 0.5, 0.5, 0.5]).log()
+    new = torch.tensor([0.8, 0.8, 0.2, 0.5]).log()
+    A = torch.tensor([2.0, -2.0, 2.0, 1.0])
+    # Ratios 1.6, 1.6, 0.4, 1: gains are clipped from above, losses are not.
+    torch.testing.assert_close(clipped_surrogate(new, old, A, 0.2), torch.tensor([-2.4, 3.2, -0.8, -1.0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_learn_and_a_batch_learns_as_its_members(name: str) -> None:
+    game = tabular.stack([tabular.make_game(name, seed) for seed in (0, 1)])
+    about: dict[str, Any] = {"episodes": 40, "episodes_per_iteration": 64, "lr": 3e-3}
+    both = NeuralPlay(game, seeds=(0, 1), **about)
+    alone = NeuralPlay(tabular.stack([tabular.make_game(name, 1)]), seeds=(1,), **about)
+    before = exact.gap(game, both.mu, both.nu)[0]
+    u = torch.rand(2, 40, 64, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in range(40):
+        both.episode(u[:, k])
+        alone.episode(u[1:, k])
+    torch.testing.assert_close(both.mu[1:], alone.mu, atol=1e-3, rtol=0)
+    after = exact.gap(game, *both.averages())[0]
+    assert bool((after < 0.85 * before).all())
+    # A bonus makes both players' rewards larger than the plain ones.
+    seen = fp.play_episodes(game, both.mu, both.nu, u[:, 0])
+    first, second = own_rewards(both, seen)
+    assert bool((first > seen.reward).all()) and bool((second > -seen.reward).all())
+    torch.testing.assert_close(first - seen.reward, second + seen.reward)
+
+
 def test_nash_value_iteration_solves_a_known_game_and_learns_an_unknown_one() -> None:
     games = [tabular.random_single_controller(seed) for seed in range(3)]
     game = tabular.stack(games)
@@ -238,9 +317,10 @@ def config(**knobs: Any) -> Any:
     return made.debugging(seed=0, log_level="ERROR")
 
 
-@pytest.mark.parametrize("game", [*NAMES, "patrol"])
+@pytest.mark.parametrize("game", [*NAMES, "patrol", "networks"])
 def test_the_whole_way(ray_session: None, tmp_path: Path, game: str) -> None:
-    algorithm = config(game=game).build_algo()
+    networks = {"approximation": "networks", "episodes_per_iteration": 8, "lr": 3e-3}
+    algorithm = (config(game=game) if game != "networks" else config(**networks)).build_algo()
     first = algorithm.train()
     restored = FictitiousPlayPO.from_checkpoint(algorithm.save_to_path(str(tmp_path / "checkpoint")))
     for _ in range(3):
@@ -255,8 +335,9 @@ def test_the_whole_way(ray_session: None, tmp_path: Path, game: str) -> None:
     answer = policy.answer([1.0, 2.0, 1.0])
     np.testing.assert_allclose(answer["probabilities"], nu[0, 2, 1].numpy())
     assert answer["value_bounds"][0] <= answer["value_bounds"][1]
-    with pytest.raises(DataError, match="shape"):
-        policy.act([0.0])
+    for bad, says in (([0.0], "shape"), ([2.0, 0.0, 0.0], "whole numbers below"), ([0.0, 0.5, 0.0], "whole")):
+        with pytest.raises(DataError, match=says):
+            policy.act(bad)
     for each in (algorithm, restored):
         each.stop()
 

@@ -13,7 +13,7 @@ from mobula.algorithms.meanfield import mrpg, mrpg_experiment
 from mobula.algorithms.meanfield.mrpg import MRPG, MRPGConfig
 from mobula.artifact import export_policy, load_policy
 from mobula.envs.meanfield import lq_teams, riccati
-from mobula.errors import ConfigError, TrainingFault
+from mobula.errors import ConfigError, DataError, TrainingFault
 
 
 def some_gains(teams: lq_teams.LQTeams) -> torch.Tensor:
@@ -70,6 +70,8 @@ def test_perturbations_lie_on_the_sphere_of_the_free_entries() -> None:
 def test_sampled_costs_have_the_exact_mean() -> None:
     """Without perturbation, the mean cost-to-go from the reset is the expected cost, in both layouts of the rollouts."""
     teams = lq_teams.g2(horizon=4)
+    # Every player pays for every other's input, each at a price of its own.
+    teams.games.R.copy_(teams.games.R + 0.1 * torch.arange(9.0, dtype=torch.float64).view(3, 3, 1, 1, 1))
     K, batch, t = some_gains(teams), 60_000, 1
     for shared in (False, True):
         e, y, noise = mrpg.draws(
@@ -128,6 +130,8 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
         np.testing.assert_allclose(answer["gain_bar"], K[1, team, 1].numpy())
         P = riccati.values(algorithm.teams.games, K)[:, team, 1].numpy()
         assert answer["value"] == pytest.approx((x - mean) @ P[0] @ (x - mean) + mean @ P[1] @ mean)
+    with pytest.raises(DataError, match="whole numbers below"):
+        policy.act(np.concatenate([[2, 0], x, mean]))
     for each in (algorithm, restored):
         each.stop()
 

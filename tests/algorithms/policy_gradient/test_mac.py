@@ -14,7 +14,7 @@ from mobula.algorithms.policy_gradient.baselines.ppgae import PPGAEConfig
 from mobula.algorithms.policy_gradient.mac import MAC, MACConfig, exact_probe, mlmc, weighted_rows
 from mobula.artifact import export_policy, load_policy
 from mobula.errors import ConfigError, EnvironmentFault, TrainingFault
-from mobula.running import evaluate_policy
+from mobula.evaluation import evaluate_policy
 from mobula.sampling.rollout import Rollout
 
 pytestmark = pytest.mark.usefixtures("ray_session")
