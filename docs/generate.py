@@ -36,26 +36,19 @@ def on_pre_build(config: Any) -> None:
     (DOCS / "ledger.md").write_text(ledger.replace("# Reproductions", "# Ledger", 1), encoding="utf-8")
 
 
-def space(knob: Any) -> str:
-    """A Tune space in words."""
-    domain = knob.space
-    if domain is None:
-        return ""
-    if hasattr(domain, "categories"):
-        return f"choice({list(domain.categories)})"
-    sampler = type(domain.get_sampler()).__name__.strip("_").lower() if domain.sampler else "uniform"
-    return f"{'log' if 'log' in sampler else ''}uniform({domain.lower:g}, {domain.upper:g})"
-
-
 def page(entry: Any, cls: Any, folder: Path) -> str:
     """One method's page."""
+    from mobula.tuning import describe
+
     lines = [f"# {entry.name}", "", entry.summary, ""]
     if cls.when:
         lines += ["## When to use it, and when not", "", cls.when, ""]
     lines += ["```", f"mobula train {entry.name} --help", "```", "", "## Hyper-parameters", ""]
     lines += ["| name | default | allowed | search space | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, knob in cls.hyperparameters().items():
-        lines.append(f"| `{name}` | {knob.default} | {knob.range} | {space(knob)} | {knob.help} |")
+        lines.append(
+            f"| `{name}` | {knob.default} | {knob.range} | {'' if knob.space is None else describe(knob.space)} | {knob.help} |"
+        )
     result = ROOT / "reproductions" / entry.name / "result.json"
     if result.is_file():
         from mobula.experiment.ledger import MARKS, interval
