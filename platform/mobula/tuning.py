@@ -1,7 +1,7 @@
 """Searches over a method's declared space with Ray Tune: schedulers, searchers, a table, figures, resume.
 
-A study is a folder: study.yaml (what was asked for), tune/ (Tune's own: trials, checkpoints, state of scheduler and searcher),
-trials.json and trials.csv, parallel_coordinates.png, best.yaml (which `mobula train --config` takes) and study.json.
+A study is a folder: study.yaml (what was asked for), tune/ (Tune's own: trials, checkpoints), state/ (whole states of scheduler,
+searcher and trials, from which a killed study goes on), trials.json and trials.csv, parallel_coordinates.png, best.yaml (which `mobula train --config` takes) and study.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,8 +219,54 @@ def resume(
     given = load_yaml(path / "config.yaml")
     given.pop("stop", None)
     config = make_config(given.pop("method"), given.pop("env", None), **given, verbose=verbose)
-    begun = any((path / "tune").glob("experiment_state-*.json"))
-    return _run(path, about, config, address=address, progress=progress, verbose=verbose, restore=begun)
+    state = kept_state(path)
+    if state is not None:
+        for pattern in STATE_FILES:
+            for file in (path / "tune").glob(pattern):
+                file.unlink()
+        for file in state.iterdir():
+            shutil.copy2(file, path / "tune")
+    return _run(
+        path, about, config, address=address, progress=progress, verbose=verbose, restore=state is not None
+    )
+
+
+STATE_FILES = ("experiment_state-*.json", "search*-*", "callback_states-*")
+"""Tune's files of one moment of a study: the trials and the scheduler, the searcher, the callbacks."""
+
+
+def keep_state(path: Path, staging: Path) -> None:
+    """Copies Tune's state files from the folder where it writes them to state/N of the study, which then is whole or not there.
+
+    Tune itself copies them into tune/ in the background, each over the last: a kill in the midst leaves half a file, or the files of
+    two moments, and Tune would then begin anew without a word.
+    """
+    newest = max(staging.glob(STATE_FILES[0]))
+    session = newest.stem.removeprefix("experiment_state-")
+    kept = sorted(p for p in (path / "state").glob("*") if p.name.isdigit())
+    number = int(kept[-1].name) + 1 if kept else 0
+    fresh = path / "state" / f".{number:09d}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for pattern in STATE_FILES:
+        for file in staging.glob(pattern):
+            if session in file.name and not file.name.startswith("tmp-"):
+                shutil.copy2(file, fresh)
+    fresh.rename(path / "state" / f"{number:09d}")
+    for old in kept[:-1]:
+        shutil.rmtree(old)
+
+
+def kept_state(path: Path) -> Path | None:
+    """The newest whole state of a study, None if it never began a trial."""
+    return max((p for p in (path / "state").glob("*") if p.name.isdigit()), default=None)
+
+
+def state_trials(state: Path) -> dict[str, str]:
+    """{trial: Tune's status of it} in a kept state."""
+    (file,) = state.glob(STATE_FILES[0])
+    rows = (json.loads(row[0]) for row in json.loads(file.read_text(encoding="utf-8"))["trial_data"])
+    return {row["trial_id"]: row["status"] for row in rows}
 
 
 def _plan(
@@ -458,6 +505,7 @@ class Watch(Callback):
         self.parent: Tracker | None = None
         self.children: dict[str, Tracker] = {}
         self.pending: dict[str, list[tuple[int, float]]] = {}
+        self.kept_at = 0
 
     def __reduce__(self) -> Any:
         return Watch, (str(self.path), self.progress)
@@ -472,6 +520,23 @@ class Watch(Callback):
 
             self.live = Live(self._table(), refresh_per_second=2, transient=True)
             self.live.start()
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Tune goes on without the trials of a state that it could not read; a study does not."""
+        state = None if self.kept_at else kept_state(self.path)
+        if state is not None and (lost := state_trials(state).keys() - {t.trial_id for t in trials}):
+            raise ArtifactError(
+                f"{state} could not be restored: trials {', '.join(sorted(lost))} are missing"
+            )
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Tune has just written its state."""
+        if trials:
+            staging = Path(trials[0].storage.experiment_driver_staging_path)
+            written = max(file.stat().st_mtime_ns for file in staging.glob(STATE_FILES[0]))
+            if written != self.kept_at:
+                keep_state(self.path, staging)
+                self.kept_at = written
 
     def _child(self, trial: Any) -> Tracker | None:
         if self.parent is None:
