@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mobula.artifact import load_policy, sealed
 from mobula.errors import ArtifactError, ConfigError
 from mobula.serving.app import build, identified
-from mobula.serving.gateway import LocalBackend
+from mobula.serving.backend import LocalBackend
 from mobula.serving.services import load_service, save_service
 
 

@@ -18,8 +18,9 @@ from jsonschema import Draft202012Validator
 
 from mobula.artifact import load_policy
 from mobula.errors import DataError
-from mobula.serving import gateway, wire
-from mobula.serving.gateway import LocalBackend, create_app
+from mobula.serving import wire
+from mobula.serving.backend import LocalBackend, answered
+from mobula.serving.gateway import create_app
 from mobula.serving.guard import NOTE_SECONDS
 from mobula.serving.tokens import Doorkeeper, grants_from
 
@@ -304,7 +305,7 @@ def test_one_bad_request_of_a_batch_fails_alone(
 
     monkeypatch.setattr(module, "served", served)
     works = [(policy, policy.check(obs)) for obs in (1, 3, [2, 5])]
-    first, second, third = gateway.answered(works)
+    first, second, third = answered(works)
     assert isinstance(second, DataError)
     assert first["double"] == 2 and third["double"].tolist() == [4, 10]  # type: ignore[index]
 
@@ -313,7 +314,7 @@ def test_policies_of_one_batch_do_not_mix(artefacts: dict[str, str]) -> None:
     cart, grid = load_policy(artefacts["cart"]), load_policy(artefacts["grid"])
     obs = np.zeros(4, dtype=np.float32)
     works = [(cart, cart.check(obs)), (grid, grid.check([1, 2])), (cart, cart.check(obs))]
-    found: Any = gateway.answered(works)
+    found: Any = answered(works)
     assert found[0]["value"] == found[2]["value"] == cart.answer(obs)["value"]
     np.testing.assert_array_equal(found[1]["probabilities"], grid.answer([1, 2])["probabilities"])
 

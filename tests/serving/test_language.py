@@ -12,7 +12,8 @@ import torch
 from fastapi.testclient import TestClient
 
 from mobula.errors import ArtifactError, DataError
-from mobula.serving.gateway import LocalBackend, create_app
+from mobula.serving.backend import LocalBackend
+from mobula.serving.gateway import create_app
 from mobula.serving.language import CausalLM, draw_token, save_language_model
 from mobula.serving.services import Sampling, load_service
 

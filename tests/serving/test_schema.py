@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from mobula.serving.gateway import LocalBackend, create_app
+from mobula.serving.backend import LocalBackend
+from mobula.serving.gateway import create_app
 from mobula.serving.tokens import Doorkeeper, grants_from
 
 from .conftest import Keys

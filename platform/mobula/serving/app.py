@@ -25,17 +25,17 @@ from mobula.artifact import load_policy
 from mobula.errors import ArtifactError, ConfigError, DataError
 from mobula.policy import Asked, Policy
 from mobula.serving import tokens
-from mobula.serving.gateway import (
+from mobula.serving.backend import (
     Backend,
     Served,
     answered,
     card_of_service,
-    create_app,
     in_thread,
     kind_of,
     one_answer,
     run_mechanism,
 )
+from mobula.serving.gateway import create_app
 from mobula.serving.grpc import remote_act
 from mobula.serving.observing import Observer, scrape
 from mobula.serving.schemas import NAME, Card, ChatRequest, PlanRequest, PlanStep

@@ -33,7 +33,8 @@ from mobula.envs.markets import assignment, design, networks
 from mobula.envs.markets.design import OBJECTIVES, Objective, evaluate, make_problem
 from mobula.envs.markets.dynamics import Paths
 from mobula.errors import ConfigError, DataError, TrainingFault
-from mobula.serving.gateway import LocalBackend, create_app
+from mobula.serving.backend import LocalBackend
+from mobula.serving.gateway import create_app
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "siouxfalls"
 FOLDER = Path(os.environ.get("MOBULA_SIOUXFALLS", SHARED))
