@@ -70,47 +70,53 @@ class LQTeams:
         return torch.stack([self.start_cov, torch.outer(self.start_mean, self.start_mean)])
 
 
-def _over_time(x: Tensor, horizon: int) -> Tensor:
-    return x.unsqueeze(-3).expand(*x.shape[:-2], horizon, *x.shape[-2:])
+def _over_time(x: Tensor, axes: int, steps: int) -> Tensor:
+    """An array of `axes` axes, or one more in front for time, with time third from the end."""
+    if x.ndim == axes:
+        return x.unsqueeze(-3).expand(*x.shape[:-2], steps, *x.shape[-2:])
+    return x.movedim(0, -3)
 
 
 def lq_game(
     A: Tensor, B: Tensor, Q: Tensor, R: Tensor, horizon: int, R_cross: Tensor | None = None, *, bar: str = ""
 ) -> LQGame:
-    """A game with constant matrices: A [n, n], B [N, n, p], Q [N, n, n] (also terminal), R [N, p, p] (own inputs).
+    """A game with the matrices A [n, n], B [N, n, p], Q [N, n, n] (also terminal), R [N, p, p] (own inputs).
 
     R_cross [N, N, p, p] holds the weights R^{ij} of j's input in i's cost, j != i (default 0).  They may be indefinite, as in
     zero-sum games; that the cost stays convex in the own gain turns on P_{t+1} too and is checked by `riccati.nash`.
+    Each of them may change with time: it then has one more axis in front, of `horizon` steps (Q: `horizon` + 1, the last terminal).
     Raises ConfigError for an asymmetric Q or R_cross, an R that is not positive definite, or own weights in R_cross, naming
-    the team; `bar` ends the names of the weights ("_bar" in the mean game).
+    the team and the step; `bar` ends the names of the weights ("_bar" in the mean game).
     """
-    players = len(B)
     if B.shape[-1] != R.shape[-1]:
         raise ConfigError(f"B has {B.shape[-1]} inputs a team and R{bar} {R.shape[-1]}: they must agree")
-    weights = (
-        torch.zeros(players, players, *R.shape[1:], dtype=R.dtype) if R_cross is None else R_cross.clone()
+    A, B, R = _over_time(A, 2, horizon), _over_time(B, 3, horizon), _over_time(R, 3, horizon)
+    Q = _over_time(Q, 3, horizon + 1)
+    players = len(B)
+    weights = R.new_zeros(players, players, *R.shape[1:])
+    if R_cross is not None:
+        weights += _over_time(R_cross, 4, horizon)
+
+    def symmetric(x: Tensor) -> Tensor:
+        return ((x - x.mT).abs() <= 1e-12 + 1e-5 * x.abs()).all(-1).all(-1)
+
+    def refuse(good: Tensor, says: str) -> None:
+        """good [..., T]: the first place where it is false, by team and step."""
+        if not bool(good.all()):
+            *team, t = ((~good).nonzero()[0]).tolist()
+            step = "" if bool((~good[tuple(team)]).all()) else f" at t={t}"
+            raise ConfigError(says.format(*(k + 1 for k in team)) + step)
+
+    refuse(symmetric(Q), f"Q{bar} of team {{}} is not symmetric")
+    definite = torch.linalg.eigvalsh(R)[..., 0] > 0
+    refuse(symmetric(R) & definite, f"R{bar} of team {{}} is not symmetric and positive definite")
+    refuse(
+        (weights.diagonal(dim1=0, dim2=1) == 0).all(-2).all(-2).mT,
+        f"R_cross{bar} of team {{}} on its own inputs is not 0: R{bar} holds that weight",
     )
-    for i in range(players):
-        if not torch.allclose(Q[i], Q[i].mT, atol=1e-12):
-            raise ConfigError(f"Q{bar} of team {i + 1} is not symmetric")
-        if not torch.allclose(R[i], R[i].mT, atol=1e-12) or float(torch.linalg.eigvalsh(R[i])[0]) <= 0:
-            raise ConfigError(f"R{bar} of team {i + 1} is not symmetric and positive definite")
-        if bool(weights[i, i].any()):
-            raise ConfigError(
-                f"R_cross{bar} of team {i + 1} on its own inputs is not 0: R{bar} holds that weight"
-            )
-        for j in range(players):
-            if not torch.allclose(weights[i, j], weights[i, j].mT, atol=1e-12):
-                raise ConfigError(
-                    f"R_cross{bar} of team {i + 1} on the inputs of team {j + 1} is not symmetric"
-                )
+    refuse(symmetric(weights), f"R_cross{bar} of team {{}} on the inputs of team {{}} is not symmetric")
     weights[range(players), range(players)] = R
-    return LQGame(
-        _over_time(A, horizon),
-        _over_time(B, horizon),
-        _over_time(Q, horizon + 1),
-        _over_time(weights, horizon),
-    )
+    return LQGame(A, B, Q, weights)
 
 
 def _f64(data: Any) -> Tensor:
@@ -202,11 +208,12 @@ OPTIONAL = ("R_cross", "R_cross_bar")
 
 
 def load_game(path: str | Path) -> LQTeams:
-    """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon`, constant in time, layout "stacked".
+    """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon` T, layout "stacked".
 
     A, A_bar, Sigma, Sigma0 [n, n], B, B_bar [N, n, p], Q, Q_bar [N, n, n], R, R_bar [N, p, p]; Q_bar and R_bar are the whole
     weights of the means, A_bar and B_bar increments.  Optional (default 0): R_cross, R_cross_bar [N, N, p, p], entry (i, j) the
     weight of team j's input in team i's cost, nothing at i = j.
+    Every array but Sigma and Sigma0 may have one more axis in front, time: T steps, for Q and Q_bar T + 1.
     Raises DataError where one is missing, unknown, NaN or of another shape, ConfigError for weights that `lq_game` refuses.
     """
     path = Path(path)
@@ -229,26 +236,33 @@ def load_game(path: str | Path) -> LQTeams:
     for name in data:
         if name not in known:
             raise DataError(f"{path}: {name} is no part of a game.{nearest(name, known)}")
-    if arrays["A"].ndim != 2 or arrays["B"].ndim != 3:
+    if arrays["A"].ndim not in (2, 3) or arrays["B"].ndim not in (3, 4):
         raise DataError(
-            f"{path}: A has the axes [n, n] and B [N, n, p]; got {[*arrays['A'].shape]}, {[*arrays['B'].shape]}"
+            f"{path}: A has the axes [n, n] and B [N, n, p], both with time in front where they change; got"
+            f" {[*arrays['A'].shape]}, {[*arrays['B'].shape]}"
         )
     if horizon < 1:
         raise DataError(f"{path}: horizon is {horizon}; at least 1 is needed")
-    n, (players, _, p) = arrays["A"].shape[0], arrays["B"].shape
+    n, (players, _, p) = arrays["A"].shape[-1], arrays["B"].shape[-3:]
     shapes = {
-        "n": (n, n),
+        "A": (n, n),
         "B": (players, n, p),
         "Q": (players, n, n),
         "R": (players, p, p),
         "R_cross": (players, players, p, p),
     }
     for name, array in arrays.items():
-        wanted = shapes.get(name.removesuffix("_bar"), shapes["n"])
-        if array.shape != wanted or not bool(array.isfinite().all()):
-            raise DataError(f"{path}: {name} is {tuple(array.shape)}; finite numbers {wanted} are needed")
+        kind = name.removesuffix("_bar")
+        fitting = [shapes.get(kind, (n, n))]
+        if kind in shapes:
+            fitting.append((horizon + (kind == "Q"), *fitting[0]))
+        if tuple(array.shape) not in fitting or not bool(array.isfinite().all()):
+            raise DataError(
+                f"{path}: {name} is {tuple(array.shape)}; finite numbers {' or '.join(map(str, fitting))} are needed"
+            )
     deviation = lq_game(arrays["A"], arrays["B"], arrays["Q"], arrays["R"], horizon, arrays.get("R_cross"))
     mean = lq_game(
+        # With time in front, a constant array adds to each step.
         arrays["A"] + arrays["A_bar"],
         arrays["B"] + arrays["B_bar"],
         arrays["Q_bar"],

@@ -207,20 +207,27 @@ def solved_from_the_definition(data: dict[str, np.ndarray], bar: str) -> tuple[n
     Costs are sums of traces along the second moment of the state, from the identity, with noise 0.3 I.  Along one entry of a gain
     they are quadratics, so central differences are their derivatives; a root finder sets all to zero.
     """
-    A = data["A"] + (data["A_bar"] if bar else 0)
-    B = data["B"] + (data["B_bar"] if bar else 0)
-    Q, R, cross = (data[key + bar] for key in ("Q", "R", "R_cross"))
-    N, n, p, T = len(B), len(A), B.shape[-1], int(data["horizon"])
+    axes = {"A": 2, "B": 3, "Q": 3, "R": 3, "R_cross": 4}
+
+    def at(name: str, t: int) -> np.ndarray:
+        array = data[name]
+        return array[t] if array.ndim > axes[name.removesuffix("_bar")] else array
+
+    def dynamics(name: str, t: int) -> np.ndarray:
+        return at(name, t) + (at(f"{name}_bar", t) if bar else 0)
+
+    (N, n, p), T = data["B"].shape[-3:], int(data["horizon"])
 
     def cost(i: int, K: np.ndarray) -> float:
         M, total = np.eye(n), 0.0
         for t in range(T):
+            A, B, R, cross = dynamics("A", t), dynamics("B", t), at(f"R{bar}", t), at(f"R_cross{bar}", t)
             closed = A - sum(B[j] @ K[j, t] for j in range(N))
-            total += np.trace(Q[i] @ M)
+            total += np.trace(at(f"Q{bar}", t)[i] @ M)
             for j in range(N):
                 total += np.trace((R[i] if i == j else cross[i, j]) @ K[j, t] @ M @ K[j, t].T)
             M = closed @ M @ closed.T + 0.3 * np.eye(n)
-        return float(total + np.trace(Q[i] @ M))
+        return float(total + np.trace(at(f"Q{bar}", T)[i] @ M))
 
     def slopes(flat: np.ndarray) -> np.ndarray:
         found = np.zeros((N, T * p * n))
@@ -360,6 +367,56 @@ def test_games_that_are_refused(tmp_path: Path, changes: dict[str, object], erro
         lq_teams.load_game(written(tmp_path / "game.json", **changes))
     with pytest.raises(DataError, match="does not exist"):
         lq_teams.load_game(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize("name", ["game.json", "game.npz"])
+def test_matrices_that_change_with_time_give_the_equilibrium_of_the_definition(
+    tmp_path: Path, name: str
+) -> None:
+    """Every array with time in front; then some of them constant beside others that change."""
+    rng = np.random.default_rng(7)
+    T = 3
+
+    def changing(data: np.ndarray, steps: int = T, spread: float = 0.2) -> np.ndarray:
+        return data * (1 + rng.uniform(-spread, spread, size=(steps, *(1 for _ in data.shape))))
+
+    written(tmp_path / "constant.npz", R_cross=CROSS, R_cross_bar=CROSS_BAR, horizon=T)
+    with np.load(tmp_path / "constant.npz") as file:
+        constant = {k: file[k] for k in file.files}
+    steps = {"Q": T + 1, "Q_bar": T + 1}
+    times = {k: changing(v, steps.get(k, T)) for k, v in constant.items() if k[0] in "ABQR"}
+    for kept in ((), ("A", "B_bar", "R"), ("A_bar", "B", "Q", "R_cross")):
+        data = constant | {k: v for k, v in times.items() if k not in kept}
+        file = written(
+            tmp_path / name, **{k: v.tolist() if name.endswith("json") else v for k, v in data.items()}
+        )
+        found = riccati.nash(lq_teams.load_game(file).games)
+        for index, bar in enumerate(("", "_bar")):
+            K, _ = solved_from_the_definition(data, bar)
+            np.testing.assert_allclose(found.K[index], K, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"A": [[[1.0, 0.0], [0.0, 1.0]]] * 4},
+            r"A is \(4, 2, 2\); finite numbers \(2, 2\) or \(5, 2, 2\) are",
+        ),
+        (
+            {"Q": [[[[1.0, 0.0], [0.0, 1.0]]] * 2] * 5},
+            r"Q is \(5, 2, 2, 2\); .* or \(6, 2, 2, 2\) are needed",
+        ),
+        ({"Sigma": [[[1.0, 0.0], [0.0, 1.0]]] * 5}, r"Sigma is \(5, 2, 2\); finite numbers \(2, 2\) are"),
+        (
+            {"R": [[[[1.0]]] * 2] * 3 + [[[[1.0]], [[-1.0]]]] * 2},
+            "R of team 2 is not .* positive definite at t=3",
+        ),
+    ],
+)
+def test_matrices_over_time_that_are_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    with pytest.raises((DataError, ConfigError), match=says):
+        lq_teams.load_game(written(tmp_path / "game.json", **changes))
 
 
 def test_a_cross_weight_that_is_not_symmetric(tmp_path: Path) -> None:
