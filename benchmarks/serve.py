@@ -57,7 +57,7 @@ def measure(proxy: str) -> dict[str, Any]:
     """{arm: {concurrency: {rps, p50_ms, p99_ms}}} behind one kind of proxy, medians over rounds that take the arms in turn."""
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
     from mobula.joining import free_port, start_ray
-    from mobula.serving.commands import prepare
+    from mobula.serving.starting import prepare
 
     prepare()
     from ray import serve

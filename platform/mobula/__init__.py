@@ -7,6 +7,8 @@
     run = mobula.train(config, stop={"env_steps": 20_000})
     policy = mobula.load_policy(run.path)
     policy.act(0)
+    mobula.tune(config, num_samples=16)
+    mobula.serve(run.path)
     mobula.reproduce("mac", budget="smoke")
 
 Everything is imported when it is first used: `import mobula` costs nothing.
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from mobula.registry import make_env as make_env
     from mobula.registry import methods as methods
     from mobula.running import train as train
+    from mobula.serving.starting import serve as serve
+    from mobula.tuning import tune as tune
 
 _PLACES = {
     "Policy": "policy",
@@ -37,7 +41,9 @@ _PLACES = {
     "envs": "registry",
     "make_env": "registry",
     "methods": "registry",
+    "serve": "serving.starting",
     "train": "running",
+    "tune": "tuning",
 }
 
 __all__ = ["__version__", "config", "evaluate", *sorted(_PLACES)]

@@ -158,13 +158,15 @@ def test_population_based_training_copies_the_better_trial(ray_session: None, tm
         track=False,
         out=tmp_path,
     )
-    assert {t.status for t in study.trials} == {"done"}
+    # On a busy machine Tune was once seen to end the other trial of a population before the last step.
+    assert study.best is not None and study.best.status == "done", study.trials
+    assert "failed" not in {t.status for t in study.trials}, study.trials
     copies = [json.loads(line) for line in (study.path / "tune" / "pbt_global.txt").read_text().splitlines()]
     assert copies
     # [trial, the one it goes on from, iterations of both, settings of that one, settings it goes on with].
     assert copies[0][4]["lr"] == 3e-3
     # An untrained policy scores some 22.  Which of the two is ahead in the end hangs on the draws after the copy.
-    assert study.best is not None and study.best.score is not None and study.best.score > 100
+    assert study.best.score is not None and study.best.score > 100
 
 
 def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Path) -> None:

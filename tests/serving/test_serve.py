@@ -500,3 +500,40 @@ def test_a_killed_replica_loses_nothing_that_is_sent_again(
     right, failures = asyncio.run(run())
     assert len(killed) >= 2, "no replica was found to be killed"
     assert failures == [] and right == 1000
+
+
+AS_IN_A_NOTEBOOK = """
+import json, sys
+import mobula
+from mobula.client import PolicyClient
+from mobula.joining import free_port
+
+folder = sys.argv[1]
+run = mobula.train(mobula.config("mac").environment("goal_grid"), stop={"env_steps": 500}, out=folder, track=False)
+service = mobula.serve(run.path, port=free_port(), tokens_file=f"{folder}/tokens.json", say=lambda said: None)
+with PolicyClient(service.url, service.token) as client:
+    (card,) = client.models()
+    served = client.act(card.id, 0, explore=True, seed=3)
+local = mobula.load_policy(run.path).answer(0, explore=True, seed=3)
+was = service.running()
+service.stop()
+found = {"name": card.id, "run": run.path.name, "served": int(served.action), "local": int(local["action"])}
+print(json.dumps(found | {"was": was, "is": service.running(), "token": service.token}))
+"""
+
+
+def test_trained_served_and_asked_in_one_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AS_IN_A_NOTEBOOK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=_clean(),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["name"] == found["run"] and found["served"] == found["local"]
+    assert found["was"] and not found["is"]
+    # The file keeps the token's digest alone.
+    kept = (tmp_path / "tokens.json").read_text()
+    assert found["token"] not in kept and hashlib.sha256(found["token"].encode()).hexdigest() in kept

