@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train mac on its grid-world, with a progress bar, a table and a figure"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop; mean fields beside MFGLib;"
+	@echo "make bench  throughput beside RLlib, stable-baselines3 and a plain torch loop; mean fields beside MFGLib and OpenSpiel;"
 	@echo "            offline steps beside d3rlpy, trading beside NumPy, congestion games beside their double loop, scaling over env runners,"
 	@echo "            the service beside a bare Serve deployment"
 	@echo "make docs   the site, into site/"
@@ -44,7 +44,8 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers 'mfglib==0.3.0' 'osqp<1' 'optuna<4' qdldl
-	PYTHONPATH=build/peers $(BIN)/python -m benchmarks.meanfield
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers-openspiel 'open_spiel>=2,<3' absl-py ml_collections
+	PYTHONPATH=build/peers:build/peers-openspiel $(BIN)/python -m benchmarks.meanfield
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/peers-offline d3rlpy structlog colorama dataclasses-json \
 		marshmallow typing-inspect mypy-extensions gym gym-notices
 	PYTHONPATH=build/peers-offline $(BIN)/python -m benchmarks.offline

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mobula import registry
 from mobula.envs.finance.market_env import MarketEnv
-from mobula.envs.finance.portfolio import PortfolioAllocation
+from mobula.errors import ConfigError
 from mobula.learning.learners import Learner
 from mobula.learning.modules import TensorModule, mlp
 
 FAMILIES = ("ppo", "a2c", "sac")
+COMPACT_FROM = 1024
+"""Environments side by side from which observations are compact: with fewer, the gather saves nothing that shows."""
 
 
 class Actor(nn.Module):
@@ -44,14 +46,23 @@ class Actor(nn.Module):
             mine.bias.copy_(theirs.bias[: mine.out_features])
 
 
+def stop_at(threshold: float) -> dict[str, Any]:
+    """Settings of an environment whose turbulence stop acts above `threshold`."""
+    # An infinite threshold is no JSON; nothing is above this one.
+    bar = min(threshold, 1e300)
+    return {"turbulence_q": None, "turbulence_threshold": bar, "turbulence_stop": True}
+
+
 class MarketRLModule(TensorModule):
     """The agents of every family and which family acts; agents of one family (`n_seeds`) act by their mean.
 
-    model_config: families, n_seeds, hidden.  Buffers: `selected`, the index of the family; `threshold` of turbulence.
+    model_config: families, n_seeds, hidden.  Buffers: `selected`, the index of the family; `threshold` of turbulence; `fitted` [2], the
+    instants (ns since 1970) from and before which the bars of the last window's training range end.
     """
 
     selected: Tensor
     threshold: Tensor
+    fitted: Tensor
 
     def setup(self) -> None:
         config: dict[str, Any] = dict(self.model_config)
@@ -68,6 +79,22 @@ class MarketRLModule(TensorModule):
         )
         self.register_buffer("selected", torch.zeros((), dtype=torch.int64))
         self.register_buffer("threshold", torch.full((), torch.inf, dtype=torch.float64))
+        self.register_buffer("fitted", torch.zeros(2, dtype=torch.int64))
+
+    @property
+    def acting(self) -> str:
+        """The family that acts."""
+        return str(self.families[int(self.selected)])
+
+    def env_settings(self) -> dict[str, Any]:
+        """Settings of the environment that the last window was traded in, but for its bars: scale, threshold, stop.
+
+        Raises ConfigError before the first window.
+        """
+        if not int(self.fitted[1]):
+            raise ConfigError("market_rl has traded no window yet: train it first")
+        first, stop = (str(np.datetime64(int(at), "ns")) for at in self.fitted)
+        return {"fit_start": first, "fit_end": stop, **stop_at(float(self.threshold))}
 
     def act_as(self, family: str, obs: Tensor) -> Tensor:
         """Actions [B, A] of a family."""
@@ -75,7 +102,7 @@ class MarketRLModule(TensorModule):
         return torch.stack([actor(obs) for actor in group]).mean(0)
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {Columns.ACTIONS: self.act_as(self.families[int(self.selected)], batch[Columns.OBS].float())}
+        return {Columns.ACTIONS: self.act_as(self.acting, batch[Columns.OBS].float())}
 
     def served(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """agent: index of the family that acts; threshold of the turbulence stop (-1: none)."""
@@ -123,7 +150,9 @@ def train_agent(
 
 def _ppo(family: str, env: str, env_config: dict[str, Any], config: Any, seed: int) -> Any:
     made: Any = registry.config_class("PPO")()
-    made.environment(env, env_config=env_config)
+    # The agents' own environments: no reader but the encoder, which sees the same either way.
+    compact = config.num_envs >= COMPACT_FROM
+    made.environment(env, env_config={**env_config, "compact_obs": compact})
     made.env_runners(num_envs_per_env_runner=config.num_envs)
     shared = {
         "lr": config.lr,
@@ -179,8 +208,7 @@ def play(env: MarketEnv, act: Callable[[Tensor], Tensor], account: Any = None) -
         obs = env.carry_on(account)
 
     def weights() -> Tensor:
-        found = env.state["weights"] if isinstance(env, PortfolioAllocation) else env.weights(env.state)  # type: ignore[attr-defined]
-        return found[0].clone()
+        return env.weights(env.state)[0].clone()
 
     before = {name: float(env.state[name][0]) for name in ("paid", "traded")}
     values, held = [float(env.state["value"][0])], [weights()]

@@ -32,6 +32,7 @@ from mobula.algorithms.finance.agents import (
     MarketRLLearner,
     MarketRLModule,
     play,
+    stop_at,
     train_agent,
 )
 from mobula.envs.finance import metrics
@@ -152,6 +153,10 @@ class MarketRLConfig(MethodConfig):
     def adapt_env(self, env: TensorEnv) -> TensorEnv:
         if not isinstance(env, MarketEnv):
             raise ConfigError(f"market_rl trades in stock_trading or portfolio, not in {self.env}")
+        if env.compact:
+            raise ConfigError(
+                "market_rl: leave compact_obs out: the agents use it from 1,024 environments on"
+            )
         return env
 
     def get_default_learner_class(self) -> Any:
@@ -217,6 +222,7 @@ class MarketRL(Method, config=MarketRLConfig):
                 {
                     "selected": torch.tensor(families.index(choice)),
                     "threshold": torch.tensor(limit, dtype=torch.float64),
+                    "fitted": self._instants(window),
                 }
             )
             self.trade(window, limit, choice)
@@ -245,9 +251,7 @@ class MarketRL(Method, config=MarketRLConfig):
         """Settings of an environment on `bars` of the range, by the scale of the window's training range."""
 
         def edge(index: int) -> str:
-            time = self.span.whole.time
-            at = self.span.first + index
-            return str(time[at]) if at < len(time) else str(time[-1] + np.timedelta64(1, "s"))
+            return str(self._edge(index))
 
         return {
             **self.config.env_config,
@@ -256,11 +260,17 @@ class MarketRL(Method, config=MarketRLConfig):
             "fit_start": edge(window.train[0]),
             "fit_end": edge(window.train[1]),
             "training": training,
-            "turbulence_q": None,
-            # An infinite threshold is no JSON; nothing is above this one.
-            "turbulence_threshold": min(limit, 1e300),
+            **stop_at(limit),
             "turbulence_stop": not training,
         }
+
+    def _edge(self, index: int) -> Any:
+        """datetime64[ns] at which bar `index` of the range ends; just after the last one for what lies behind it."""
+        time, at = self.span.whole.time, self.span.first + index
+        return time[at] if at < len(time) else time[-1] + np.timedelta64(1, "s")
+
+    def _instants(self, window: Window) -> Tensor:
+        return torch.tensor([int(self._edge(index).astype("int64")) for index in window.train])
 
     def train_agents(self, window: Window, limit: float) -> int:
         """Trains every agent on the training range and puts their means into the module; returns the steps taken."""

@@ -6,12 +6,17 @@ and the rewards are unknown, a kernel regression estimates all three from logs o
 labels, and the optimiser runs on the estimate (part C: `algorithms/common/meanfield/estimation`).  In place of tables a network may
 hold the policy, with particles for the population (part B: `gmfg_ppo_networks`).
 
+Logs of continuous states and actions are played with `game="logs"`, `kernel="embedding"`: the regression is on mean embeddings, and the
+optimiser runs on the estimate with its line of states cut into `bins` (states of one dimension, at most 20 different actions; others
+can be estimated, `estimation.learn`, but not played).
+
 Rewards are maximised.  Exploitability is that of the policy's own flow in the TRUE game, where there is one.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from mobula.algorithms.common.meanfield import estimation, solvers
 from mobula.algorithms.common.meanfield.estimation import Learned, Settings
 from mobula.algorithms.meanfield import gmfg_ppo_networks as networks
 from mobula.envs.meanfield import graphon
+from mobula.envs.meanfield.continuous import ContinuousLogs, bins, load_continuous_logs
 from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.envs.meanfield.logs import Logs, load_logs, simulate
 from mobula.errors import ConfigError, DataError
@@ -106,7 +112,11 @@ class GMFGPPOConfig(MethodConfig):
         "num_learners": "fits and logs are what is spread, with workers",
     }
 
-    game = hyperparameter("sis", None, "sis, investment, beach_bar, or the path of a game (.npz or .json)")
+    game = hyperparameter(
+        "sis",
+        None,
+        "sis, investment, beach_bar, the path of a game (.npz or .json), or logs: continuous logs are all that is known",
+    )
     graphon = hyperparameter(
         "sbm", None, "er:P, sbm, exp:THETA, threshold:T, uniform_attachment, ranked_attachment, or a matrix"
     )
@@ -154,9 +164,10 @@ class GMFGPPOConfig(MethodConfig):
     kernel = hyperparameter(
         "product",
         tune.choice(["product", "embedding"]),
-        "a regression for each state and action, or the literal kernel on embeddings",
+        "a regression for each state and action, or the literal kernel on embeddings (for game=logs)",
         choices=["product", "embedding"],
     )
+    bins = hyperparameter(25, None, "bins that continuous states are cut into (game=logs)", low=2)
     share_time = hyperparameter(True, None, "one regression and graphon for all steps (stationary games)")
     restarts = hyperparameter(
         4, None, "starts of the search for a graphon; twice as many if labels are hidden", low=1
@@ -193,6 +204,8 @@ class GMFGPPOConfig(MethodConfig):
         self._spaces()
 
     def _spaces(self) -> None:
+        if self.game == "logs" and self.logs is None:
+            return
         game = self.true_game()
         high = np.array([1.0, 1.0, game.horizon - 1, game.states - 1])
         self.environment(
@@ -207,12 +220,18 @@ class GMFGPPOConfig(MethodConfig):
                 f"GMFGPPOConfig: lam is {self.lam!r}; the closed proximal step needs a temperature above 0: use a small"
                 " positive value"
             )
-        if {"game", "horizon", "graphon", "M"} & set(kwargs):
+        if {"game", "horizon", "graphon", "M", "logs", "bins"} & set(kwargs):
             self._spaces()
         return self
 
     def validate(self) -> None:
         super().validate()
+        if self.game == "logs" and (
+            self.logs is None or self.kernel != "embedding" or self.source != "learned"
+        ):
+            raise ConfigError(
+                "GMFGPPOConfig: game=logs is learned from continuous logs: it needs logs=FILE, kernel=embedding and source=learned"
+            )
         if self.N < 2:
             raise ConfigError(f"GMFGPPOConfig: N is {self.N}; agents need neighbours, at least 2")
         if self.graphon_class != "auto":
@@ -225,16 +244,25 @@ class GMFGPPOConfig(MethodConfig):
         return graphon.named(self.graphon)
 
     def true_game(self) -> FiniteMFG:
-        """The true game on M cells."""
+        """The true game on M cells; of continuous logs, what is known before anything is learned: sizes and where agents begin."""
         W = graphon.matrix(self.true_graphon(), graphon.cells(self.M))
         horizon = None if self.horizon is None else int(self.horizon)
+        if self.game == "logs":
+            return _at_rest(self.continuous_logs(), W, horizon, int(self.bins))
         if self.game in graphon.GAMES:
             return graphon.GAMES[self.game](W, horizon or HORIZONS[self.game])
         if self.game.endswith((".npz", ".json")):
             return graphon.load_game(self.game, W, horizon)
         raise ConfigError(
-            f"GMFGPPOConfig: game is {self.game!r}; it is one of {', '.join(graphon.GAMES)} or a .npz or .json file"
+            f"GMFGPPOConfig: game is {self.game!r}; it is one of {', '.join(graphon.GAMES)}, logs, or a .npz or .json file"
         )
+
+    def continuous_logs(self) -> ContinuousLogs:
+        """The logs of game=logs."""
+        if self.logs is None:
+            raise ConfigError("GMFGPPOConfig: game=logs needs logs=FILE")
+        path = Path(self.logs).absolute()
+        return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
 
     def temperature(self) -> float:
         """lam, or the game's own."""
@@ -268,6 +296,26 @@ class GMFGPPOConfig(MethodConfig):
     @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
         return {}
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, changed: int) -> ContinuousLogs:
+    """The logs of a file, which a config asks for several times; changed: so that another file of the name is read anew."""
+    return load_continuous_logs(path)
+
+
+def _at_rest(logs: ContinuousLogs, W: Tensor, horizon: int | None, count: int) -> FiniteMFG:
+    """A game of the size of the logs in which everybody stays and earns nothing."""
+    cut = bins(logs, count)
+    A = len(cut.actions)
+    stay = torch.eye(count, dtype=torch.float64).unsqueeze(1).expand(count, A, count)
+
+    def model(h: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        shape = z.shape[:-1]
+        return stay.expand(*shape, count, A, count), z.new_zeros(*shape, count, A)
+
+    law = cut.law.expand(W.shape[-1], -1)
+    return FiniteMFG("logs", count, A, horizon or logs.horizon, law, W, model)
 
 
 class GMFGPPOModule(networks.Positions):
@@ -305,7 +353,7 @@ class GMFGPPO(Method, config=GMFGPPOConfig):
         self.seed = torch.seed() % 2**31 if c.seed is None else int(c.seed)
         self.truth, self.lam = c.true_game(), c.temperature()
         self.t, self.learned = 0, None
-        self.logs: Logs | None = None
+        self.logs: Logs | ContinuousLogs | None = None
         self.game = self.truth
         # The policy that agents of each true cell follow: the identity where positions are known.
         self.cell = torch.arange(c.M)
@@ -337,11 +385,19 @@ class GMFGPPO(Method, config=GMFGPPOConfig):
     def fit(self) -> None:
         """Logs of a round, and the model that they give; the flow starts anew from the policy's own in that model."""
         c = self.config
-        if c.logs is not None:
+        if c.game == "logs":
+            logs = c.continuous_logs()
+            if not c.share_time and logs.horizon != self.truth.horizon:
+                raise DataError(
+                    f"{c.logs} has {logs.horizon} steps: set share_time or horizon={logs.horizon}"
+                )
+            self.logs = logs.hidden() if c.positions == "hidden" else logs
+        elif c.logs is not None:
             if self.logs is None:
                 self.logs = self.read_logs(Path(c.logs))
         else:
             seen = 0 if self.logs is None else self.logs.episodes
+            assert not isinstance(self.logs, ContinuousLogs)
             new = simulate(
                 self.truth,
                 c.true_graphon(),
@@ -384,9 +440,13 @@ class GMFGPPO(Method, config=GMFGPPOConfig):
 
     def adopt(self, learned: Learned) -> None:
         """Plays in the model that was learned."""
-        cells = graphon.cells(self.config.M)
-        self.game = estimation.plug_in(learned, self.truth, cells)
-        if self.config.positions == "hidden" and self.config.logs is None:
+        c, cells = self.config, graphon.cells(self.config.M)
+        if c.game == "logs":
+            cut = bins(c.continuous_logs(), int(c.bins))
+            self.game = estimation.plug_in_bins(learned, cut, self.truth.horizon, cells)
+        else:
+            self.game = estimation.plug_in(learned, self.truth, cells)
+        if c.positions == "hidden" and c.logs is None:
             assert self.logs is not None
             self.cell = estimation.cell_of(learned, cells, graphon.cells(self.logs.agents))
 

@@ -8,8 +8,10 @@ prices), `same_close`, which trades at a price that the decision has already see
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from mobula.envs.finance import processors, tensors
 from mobula.envs.finance.tensors import MarketTensor
 from mobula.errors import ConfigError, DataError, EnvironmentFault, nearest
+from mobula.sampling.spaces import Indexed, Places, expand
 from mobula.sampling.tensor_env import State, TensorEnv
 
 FILLS = ("auto", "next_open", "next_close", "same_close")
@@ -61,9 +64,19 @@ def per_symbol(value: Any, symbols: Sequence[str], what: str, default: float = 0
 class MarketEnv(TensorEnv):
     """Base of `StockTrading` and `PortfolioAllocation`.
 
-    Subclasses define `tables` (what observations read, from a market), and the protocol's three functions on a state that
-    holds `t`, `stream` and the account.
+    Subclasses define `tables`, which sets `rows` [T, K] float32 and `places`: an observation is the row of its bar with what
+    belongs to the account in its places; `own`, the observation in its compact form; `held`; and the protocol's functions on a
+    state that holds `t`, `stream` and the account.
     """
+
+    rows: Tensor
+    places: Places
+    _settings: dict[str, Any]
+
+    def __new__(cls, num_envs: int = 1, **settings: Any) -> Self:
+        made = super().__new__(cls)
+        made._settings = settings
+        return made
 
     def __init__(
         self,
@@ -79,8 +92,10 @@ class MarketEnv(TensorEnv):
         end: Any = "2018-01-01",
         fit_start: Any = None,
         fit_end: Any = None,
+        scale: Mapping[str, Sequence[float]] | None = None,
         training: bool = True,
         episode_length: int = 252,
+        compact_obs: bool = False,
         cash: float = 1e6,
         cost_bps: Any = 10.0,
         buy_cost_bps: Any = None,
@@ -100,8 +115,11 @@ class MarketEnv(TensorEnv):
         market             tensors, or a shared reference to them, in place of a universe
         start, end         range of the bars, end excluded
         fit_start, fit_end range that scales and thresholds are estimated on (default: start, end)
+        scale              {"mean": [...], "deviation": [...]} of the relative features, in place of estimating them
         training           random start, cash and holdings in episodes of `episode_length` bars; otherwise one deterministic
                            episode over the whole range
+        compact_obs        observations are the index of the bar and what belongs to the account; a module's encoder gathers the rest
+                           from the rows of the market (`sampling.spaces.Indexed`), and sees the same
         cash               first value of the account
         cost_bps           proportional cost of a trade in basis points; `buy_cost_bps`, `sell_cost_bps` for one direction; each a
                            number, a list, or numbers by symbol
@@ -151,12 +169,24 @@ class MarketEnv(TensorEnv):
             a, b = found.index(begin, until)
             self.halted[a:b, self.symbols.index(name)] = True
         a, b = found.index(start if fit_start is None else fit_start, end if fit_end is None else fit_end)
-        self.scale = processors.Scale.fit(tensors.relative(found)[a:b])
+        features = tensors.relative(found)
+        self.scale = (
+            processors.Scale.fit(features[a:b])
+            if scale is None
+            else processors.Scale.given(scale, features.shape[-1])
+        )
         self.threshold = self._threshold(turbulence_q, turbulence_threshold, found.turbulence[a:b])
         self.device = device
         self._bind(found)
         kwargs.setdefault("max_episode_steps", self.length)
-        super().__init__(num_envs, **width(self), **kwargs)
+        spaces = width(self)
+        self.compact = compact_obs
+        if compact_obs:
+            recipe = {name: value for name, value in self._settings.items() if name != "device"}
+            spaces["observation_space"] = Indexed(
+                self.rows, self.places, partial(_space_of, type(self), recipe)
+            )
+        super().__init__(num_envs, **spaces, **kwargs)
         if self.max_episode_steps is None or self.max_episode_steps > self.length:
             raise ConfigError(
                 f"max_episode_steps is {self.max_episode_steps}; the range allows {self.length}"
@@ -202,6 +232,50 @@ class MarketEnv(TensorEnv):
     def tables(self, market: MarketTensor) -> None:
         """Builds the tables that `observe` gathers from, rows `first` to `stop` of `market`."""
         raise NotImplementedError
+
+    def own(self, state: State) -> Tensor:
+        """[B, 1 + P] float32: the bar, and what belongs to the account, in the order of `places`."""
+        raise NotImplementedError
+
+    def observe(self, state: State) -> Tensor:
+        own = self.own(state)
+        return own if self.compact else expand(own, self.rows, self.places)
+
+    def held(self, cash: float, shares: Tensor, waited: Tensor) -> State:
+        """[1, ...] state at the last bar of the range of an account that holds `cash` and `shares` [N], `waited` [N] bars after the
+        last trade of each symbol.
+        """
+        raise NotImplementedError
+
+    def weights(self, state: State) -> Tensor:
+        """[B, N + 1] cash and symbols as shares of the value."""
+        raise NotImplementedError
+
+    def shares(self, state: State) -> Tensor:
+        """[B, N] shares held."""
+        raise NotImplementedError
+
+    def frozen(self) -> dict[str, Any]:
+        """Settings, as plain data, of an environment on other bars of the same symbols that sees, stops and pays as this one does.
+
+        Scale and threshold are numbers there, nothing is random, and an order fills at the close that it was decided on.  Raises
+        ConfigError where this environment looks ahead.
+        """
+        if self.lag == 0:
+            raise ConfigError("turbulence_lag is 0: the flag of the next bar is not known to anybody")
+        own = {name: value for name, value in self._settings.items() if name not in _OF_THE_RANGE}
+        return {
+            **own,
+            "symbols": list(self.symbols),
+            "indicators": list(self.whole.names),
+            "scale": {"mean": self.scale.mean.tolist(), "deviation": self.scale.deviation.tolist()},
+            "turbulence_q": None,
+            "turbulence_threshold": None if math.isinf(self.threshold) else self.threshold,
+            "fill": "same_close",
+            "start": None,
+            "end": None,
+            "training": False,
+        }
 
     def blind(self, t: int) -> MarketEnv:
         """A copy that knows nothing after bar t of the range."""
@@ -265,6 +339,40 @@ class MarketEnv(TensorEnv):
         return self.observe(self.state)
 
 
+_OF_THE_RANGE = frozenset(
+    {
+        *(
+            "universe",
+            "market",
+            "series",
+            "start",
+            "end",
+            "fit_start",
+            "fit_end",
+            "halts",
+            "training",
+            "episode_length",
+        ),
+        *(
+            "cash",
+            "holdings",
+            "initial_weights",
+            "compact_obs",
+            "device",
+            "max_episode_steps",
+            "autoreset_mode",
+        ),
+        "render_mode",
+    }
+)
+"""Settings that say where and how episodes run, not how the market is seen and traded in."""
+
+
+def _space_of(cls: type[MarketEnv], settings: dict[str, Any]) -> Any:
+    """The observation space of an environment with these settings."""
+    return cls(1, **settings).single_observation_space
+
+
 class LookaheadGuard:
     """Holds an environment against a copy that knows nothing after the current bar.
 
@@ -282,8 +390,13 @@ class LookaheadGuard:
             state = {name: value[rows] for name, value in env.state.items()}
             blind = env.blind(t)
             for what, known, hidden in (
-                ("observation", env.observe(state), blind.observe(state)),
+                ("observation", _whole(env, state), _whole(blind, state)),
                 ("order", env.orders(state, action[rows]), blind.orders(state, action[rows])),
             ):
                 if not bool(hidden.isfinite().all()) or not torch.equal(known, hidden):
                     raise EnvironmentFault(f"the {what} at bar {t} depends on what comes after it")
+
+
+def _whole(env: MarketEnv, state: State) -> Tensor:
+    obs = env.observe(state)
+    return expand(obs, env.rows, env.places) if env.compact else obs

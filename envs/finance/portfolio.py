@@ -127,12 +127,11 @@ class PortfolioAllocation(MarketEnv):
         if abs(float(self.start_weights.sum()) - 1) > 1e-9:
             raise ConfigError("portfolio: initial_weights must sum to 1")
         return {
-            "observation_space": spaces.Box(-np.inf, np.inf, (1 + N + self.pattern.shape[-1],), np.float32),
+            "observation_space": spaces.Box(-np.inf, np.inf, (self.rows.shape[1],), np.float32),
             "action_space": spaces.Box(-1.0, 1.0, (N + 1,), np.float32),
         }
 
     def tables(self, market: MarketTensor) -> None:
-        """`pattern` [T, K]: the part of an observation that does not depend on the account."""
         first, stop = self.first, self.stop
         if self.form == "window":
             # Every row relative to the last close that is known at t, in percent; rows before the first bar repeat it.
@@ -153,7 +152,9 @@ class PortfolioAllocation(MarketEnv):
             features = self.scale(tensors.relative(market)[first:stop])
             # Daily covariances of shares are some 1e-4.
             pattern = torch.cat([1e4 * covariance.flatten(1), features.flatten(1)], -1)
-        self.pattern = torch.cat([self.alarm[:, None].cpu(), pattern.cpu()], -1).float().to(self.device)
+        hole = torch.zeros(self.T, self.N + 1)
+        self.rows = torch.cat([hole, self.alarm[:, None].cpu(), pattern.cpu()], -1).float().to(self.device)
+        self.places = ((0, self.N + 1),)
 
     def fresh(self, stream: Tensor) -> State:
         n, N = len(stream), self.N
@@ -227,5 +228,24 @@ class PortfolioAllocation(MarketEnv):
         }
         return new, reward, value <= self.ruin * self.first_value
 
-    def observe(self, state: State) -> Tensor:
-        return torch.cat([state["weights"].float(), self.pattern[state["t"]]], -1)
+    def own(self, state: State) -> Tensor:
+        return torch.cat([state["t"][:, None].float(), state["weights"].float()], -1)
+
+    def held(self, cash: float, shares: Tensor, waited: Tensor) -> State:
+        last = torch.full((1,), self.T - 1, dtype=torch.int64)
+        worth = torch.cat([torch.tensor([cash], dtype=torch.float64), shares * self.price[-1]])
+        zero = torch.zeros(1, dtype=torch.float64)
+        return {
+            "t": last,
+            "stream": torch.zeros_like(last),
+            "weights": (worth / worth.sum())[None],
+            "value": worth.sum()[None],
+            "paid": zero,
+            "traded": zero.clone(),
+        }
+
+    def weights(self, state: State) -> Tensor:
+        return state["weights"]
+
+    def shares(self, state: State) -> Tensor:
+        return state["weights"][:, 1:] * state["value"][:, None] / self.price[state["t"]]

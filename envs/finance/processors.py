@@ -9,7 +9,7 @@ the training range.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -269,6 +269,19 @@ class Scale:
         mean = torch.where(known, flat, 0.0).sum(0) / n
         square = torch.where(known, flat - mean, 0.0).square().sum(0) / n
         return Scale(mean, square.sqrt().clamp_min(1e-12))
+
+    @staticmethod
+    def given(numbers: Mapping[str, Sequence[float]], features: int) -> Scale:
+        """From {"mean": [F], "deviation": [F]}.  Raises ConfigError where they do not fit F features."""
+        found = []
+        for name in ("mean", "deviation"):
+            values = numbers.get(name)
+            if values is None or len(values) != features:
+                raise ConfigError(f"scale: {name} needs {features} numbers, one a feature")
+            found.append(torch.tensor(list(values), dtype=torch.float64))
+        if not bool(torch.stack(found).isfinite().all()) or not bool((found[1] > 0).all()):
+            raise ConfigError("scale: finite numbers are needed, deviations above 0")
+        return Scale(*found)
 
     def __call__(self, features: Tensor, clip: float = 10.0) -> Tensor:
         """Standardised and clipped; 0 where a feature is not known."""

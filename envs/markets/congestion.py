@@ -122,17 +122,27 @@ class CongestionGame(TensorEnv):
         y = action.double().clamp(0.0, self.upper)
         users = self._followers(y, state["factor"])
         logits = centred(self.paths, unroll(users, state["logits"], self.rate, self.days))
-        x = users.flows(logits)
-        F = self.problem.value(x, self.roads.times(x, users.capacity_add), y)
+        new = {"logits": logits, "factor": state["factor"], "design": y}
+        return new, self.gain(new), torch.zeros(len(y), dtype=torch.bool)
+
+    @torch.no_grad()
+    def gain(self, state: State) -> Tensor:
+        """(F_0 - F) / |F_0| [B] of the flows and the design of `state`."""
+        users = self.users(state)
+        x = users.flows(state["logits"])
+        F = self.problem.value(x, self.roads.times(x, users.capacity_add), state["design"])
         base = self.bounds.objective
         # An objective that is 0 without a design (revenue) is measured against total travel time.
         scale = abs(base) if abs(base) > 1e-9 else self.bounds.equilibrium
-        new = {"logits": logits, "factor": state["factor"], "design": y}
-        return new, ((base - F) / scale).float(), torch.zeros(len(y), dtype=torch.bool)
+        return ((base - F) / scale).float()
+
+    def users(self, state: State) -> Followers:
+        """The users of `state` under its design."""
+        return self._followers(state["design"], state["factor"])
 
     @torch.no_grad()
     def observe(self, state: State) -> Tensor:
-        users = self._followers(state["design"], state["factor"])
+        users = self.users(state)
         x = users.flows(state["logits"])
         return (x / (self.roads.capacity + users.capacity_add).clamp_min(1e-12)).float()
 

@@ -5,10 +5,10 @@ Nobody observes edges: a log holds what each agent did, saw and earned, and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -20,24 +20,14 @@ from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.errors import ConfigError, DataError
 from mobula.files import replaced_folder
 
-COLUMNS = ("episode", "agent", "h", "state", "action", "reward", "next_state")
 CONTINUUM_CELLS = 200
 
 
-@dataclass(frozen=True)
-class Logs:
-    """state, action, next_state [L, H, N] int64 and reward [L, H, N] float64 of N agents in L episodes of H steps.
-
-    labels  [N] in [0, 1], or None where the positions of the agents are unknown
-    """
+class Episodes:
+    """What logs with columns [L, H, N, ...] have in common: state, action, reward, next_state, and labels [N] or None."""
 
     state: Tensor
-    action: Tensor
-    reward: Tensor
-    next_state: Tensor
-    states: int
-    actions: int
-    labels: Tensor | None = None
+    labels: Tensor | None
 
     @property
     def episodes(self) -> int:
@@ -51,25 +41,43 @@ class Logs:
     def agents(self) -> int:
         return self.state.shape[2]
 
-    def select(self, episodes: Any) -> Logs:
+    def select(self, episodes: Any) -> Self:
         """Some episodes of them."""
         return self._mapped(lambda name: getattr(self, name)[episodes])
 
-    def step(self, h: int) -> Logs:
+    def step(self, h: int) -> Self:
         """Step h alone."""
         return self._mapped(lambda name: getattr(self, name)[:, h : h + 1])
 
-    def hidden(self) -> Logs:
+    def hidden(self) -> Self:
         """The same logs without the labels."""
-        return replace(self, labels=None)
+        return self._with(labels=None)
 
-    def joined(self, other: Logs) -> Logs:
+    def joined(self, other: Self) -> Self:
         """The episodes of both; the agents are the same."""
         return self._mapped(lambda name: torch.cat([getattr(self, name), getattr(other, name)]))
 
-    def _mapped(self, f: Callable[[str], Tensor]) -> Logs:
-        columns: dict[str, Any] = {name: f(name) for name in ("state", "action", "reward", "next_state")}
-        return replace(self, **columns)
+    def _mapped(self, f: Callable[[str], Tensor]) -> Self:
+        return self._with(**{name: f(name) for name in ("state", "action", "reward", "next_state")})
+
+    def _with(self, **columns: Any) -> Self:
+        return replace(self, **columns)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Logs(Episodes):
+    """state, action, next_state [L, H, N] int64 and reward [L, H, N] float64 of N agents in L episodes of H steps.
+
+    labels  [N] in [0, 1], or None where the positions of the agents are unknown
+    """
+
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    next_state: Tensor
+    states: int
+    actions: int
+    labels: Tensor | None = None
 
 
 def positions(N: int) -> Tensor:
@@ -196,22 +204,25 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
 
 def save_logs(logs: Logs, path: str | Path) -> Path:
     """Writes the logs as one Parquet file, a row for every (episode, agent, h)."""
+    columns = {
+        "state": logs.state,
+        "action": logs.action,
+        "next_state": logs.next_state,
+        "reward": logs.reward,
+    }
+    return write_columns(columns, logs.labels, path)
+
+
+def write_columns(values: Mapping[str, Tensor], labels: Tensor | None, path: str | Path) -> Path:
+    """Writes columns [L, H, N] (and labels [N]) as one Parquet file, which is there whole or not at all."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    L, H, N = logs.state.shape
+    L, H, N = values["reward"].shape
     episode, h, agent = torch.meshgrid(torch.arange(L), torch.arange(H), torch.arange(N), indexing="ij")
-    columns: dict[str, Tensor] = {
-        "episode": episode,
-        "agent": agent,
-        "h": h,
-        "state": logs.state,
-        "action": logs.action,
-        "reward": logs.reward,
-        "next_state": logs.next_state,
-    }
-    if logs.labels is not None:
-        columns["label"] = logs.labels.expand(L, H, N)
+    columns = {"episode": episode, "agent": agent, "h": h, **values}
+    if labels is not None:
+        columns["label"] = labels.expand(L, H, N)
     table = pa.table({name: value.flatten().numpy() for name, value in columns.items()})
     path = Path(path)
     with replaced_folder(path.with_name(path.name + ".writing")) as folder:
@@ -228,32 +239,54 @@ def load_logs(path: str | Path) -> Logs:
     Raises DataError where a column is missing, a number is not finite or out of range, there are fewer than two agents, episodes
     have unequal sets of agents or steps, or an agent's label changes.
     """
+    found = read_columns(Path(path), {"state": 1, "action": 1, "next_state": 1}, whole=True)
+    state, action, following = (found[name].squeeze(-1).long() for name in ("state", "action", "next_state"))
+    return Logs(
+        state,
+        action,
+        found["reward"],
+        following,
+        int(max(state.max(), following.max())) + 1,
+        int(action.max()) + 1,
+        found.get("label"),
+    )
+
+
+def read_columns(path: Path, sizes: Mapping[str, int], whole: bool) -> dict[str, Tensor]:
+    """{state, action, next_state [L, H, N, d], reward [L, H, N], label [N] where there is one} of a Parquet file, agents by label.
+
+    sizes  numbers of each of the three: columns `name`, or `name_0`, `name_1`, ... where there are several
+    whole  whether these are whole numbers from 0
+    Raises DataError as `load_logs` does.
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    path = Path(path)
+    names = {name: [name] if d == 1 else [f"{name}_{k}" for k in range(d)] for name, d in sizes.items()}
+    wanted = ["episode", "agent", "h", "reward", *(column for each in names.values() for column in each)]
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is no Parquet file: {str(error).splitlines()[0]}") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
+    missing = [name for name in wanted if name not in table.column_names]
     if missing:
         raise DataError(
             f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}"
         )
     data = {}
-    for name in (*COLUMNS, *(["label"] if "label" in table.column_names else [])):
+    for name in (*wanted, *(["label"] if "label" in table.column_names else [])):
         try:
             data[name] = table.column(name).to_numpy().astype(np.float64)
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: the column {name} holds no numbers: {error}") from error
         if not np.isfinite(data[name]).all():
             raise DataError(f"{path}: the column {name} has an empty, infinite or NaN entry")
-    for name in ("state", "action", "next_state", "h"):
+    for name in ("h", *(column for each in names.values() for column in each)) if whole else ("h",):
         if len(data[name]) == 0 or (data[name] != data[name].round()).any() or data[name].min() < 0:
-            raise DataError(f"{path}: the column {name} must hold whole numbers from 0")
+            more = "; for continuous states set game=logs" if name in ("state", "next_state") else ""
+            raise DataError(f"{path}: the column {name} must hold whole numbers from 0{more}")
     axes = [np.unique(data[name], return_inverse=True) for name in ("episode", "h", "agent")]
     L, H, N = (len(values) for values, _ in axes)
     if N < 2:
@@ -284,15 +317,9 @@ def load_logs(path: str | Path) -> Logs:
         by_label = labels.argsort(stable=True)
     else:
         by_label = torch.arange(N)
-    state, action, following = (
-        column(name).long()[..., by_label] for name in ("state", "action", "next_state")
-    )
-    return Logs(
-        state,
-        action,
-        column("reward")[..., by_label],
-        following,
-        int(max(state.max(), following.max())) + 1,
-        int(action.max()) + 1,
-        None if labels is None else labels[by_label],
-    )
+    answer = {
+        name: torch.stack([column(each) for each in columns], -1)[..., by_label, :]
+        for name, columns in names.items()
+    }
+    answer["reward"] = column("reward")[..., by_label]
+    return answer if labels is None else {**answer, "label": labels[by_label]}

@@ -34,6 +34,7 @@ from mobula.files import replaced_folder, write_json
 from mobula.method import MethodConfig
 from mobula.policy import Policy
 from mobula.sampling.actions import ActionMap, action_map
+from mobula.sampling.spaces import full_space
 from mobula.versions import versions
 
 FORMAT, FORMAT_VERSION = "mobula-policy", 1
@@ -149,7 +150,7 @@ def export_policy(algorithm: Algorithm, path: str | Path) -> Path:
         "method": registry.name_of(config),
         "module_class": type(module).__name__,
         "model_config": model_config or {},
-        "observation_space": space_to_json(module.observation_space),
+        "observation_space": space_to_json(full_space(module.observation_space)),
         "action_space": space_to_json(module.action_space),
         "action_map": action_map(
             module.action_space, normalize=config.normalize_actions, clip=config.clip_actions

@@ -875,14 +875,22 @@ def export(
         str | None,
         typer.Option("--register", help="name in MLflow's model registry to give it a new version of"),
     ] = None,
+    service: Annotated[
+        str | None, typer.Option("--service", help="registered service that can be made of such a policy")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the service's artefact")] = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Writes a trained policy as an ONNX model, or registers it with MLflow.
+    """Writes a trained policy as an ONNX model or as the artefact of a service, or registers it with MLflow.
 
     Example: mobula export runs/mac_goal_grid_1 --register grid, then mobula serve run models:/grid/1
     """
-    if onnx is None and register is None:
-        raise ConfigError("nothing to export to: --onnx FILE or --register NAME")
+    if onnx is None and register is None and service is None:
+        raise ConfigError(
+            "nothing to export to: --onnx FILE, --register NAME, or --service NAME --out FOLDER"
+        )
+    if (service is None) != (out is None):
+        raise ConfigError("--service NAME and --out FOLDER go together")
     from mobula.artifact import load_policy
 
     if onnx is not None:
@@ -893,6 +901,15 @@ def export(
 
         where, version = register_policy(run, register, tracking_uri)
         typer.echo(f"models:/{register}/{version}  (MLFLOW_TRACKING_URI={where})")
+    if service is not None and out is not None:
+        from mobula import registry
+
+        make = getattr(registry.service_class(service), "export", None)
+        if make is None:
+            raise ConfigError(
+                f"the service {service!r} is not made of a policy: write its artefact with save_service"
+            )
+        typer.echo(f"{make(run, out)}  (mobula serve run {out})")
 
 
 # Reproduce ------------------------------------------------------------------------------------------------

@@ -33,23 +33,27 @@ def evaluate_policy(
     """
     import torch
 
+    from mobula.sampling.spaces import full_observations, full_space
+
     count = num_envs or max(1, min(episodes, 32))
     world = registry.make_env(env, count, **dict(env_config or {}))
-    if (
-        world.single_observation_space != policy.observation_space
-        or world.single_action_space != policy.action_space
-    ):
+    space = world.single_observation_space
+    if full_space(space) != policy.observation_space or world.single_action_space != policy.action_space:
         raise DataError(
             f"the policy was trained for {policy.observation_space} -> {policy.action_space}; {env} has"
-            f" {world.single_observation_space} -> {world.single_action_space}"
+            f" {full_space(space)} -> {world.single_action_space}"
         )
+
+    def seen(obs: Any) -> Any:
+        return full_observations(space, obs).numpy()
+
     if seed is not None:
         policy.seed(seed)
     obs, _ = world.reset(seed=seed)
     if world.continuing:
         total, taken = 0.0, 0
         while taken < steps:
-            obs, reward, *_ = world.step(torch.as_tensor(policy.act(obs.numpy(), explore=explore)))
+            obs, reward, *_ = world.step(torch.as_tensor(policy.act(seen(obs), explore=explore)))
             total, taken = total + float(reward.sum()), taken + count
         return {"reward_per_step": total / taken, "steps": taken}
     base, extra = divmod(episodes, count)
@@ -59,7 +63,7 @@ def evaluate_policy(
     lengths: list[int] = []
     state = None
     while any(quota):
-        answer = policy.answer(obs.numpy(), explore=explore, state=state)
+        answer = policy.answer(seen(obs), explore=explore, state=state)
         obs, reward, terminated, truncated, _ = world.step(torch.as_tensor(answer["action"]))
         state = answer.get("state")
         running += reward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from mobula.envs.finance.synthetic import regime_garch
 from mobula.envs.finance.tensors import MarketTensor
 from mobula.envs.finance.trading import StockTrading
 from mobula.errors import ConfigError, DataError, EnvironmentFault
+from mobula.sampling.bridge import GymView
+from mobula.sampling.conformance import check_env
 
 ALL = {"start": None, "end": None, "turbulence_q": None}
 
@@ -336,6 +339,13 @@ def test_turbulence_sells_everything_and_blocks_buying_a_bar_later() -> None:
         for t in range(1, 7):
             state, _, _ = env.transition(state, torch.ones(1, 2))
             assert (float(state["shares"].sum()) == 0) == (t == sold_at), (lag, t)
+    # Nothing was held; the wait of every symbol begins anew all the same, as in the reference.
+    idle, state = StockTrading(1, **base), still(env)
+    waits = []
+    for _ in range(5):
+        state, _, _ = idle.transition(state, torch.zeros(1, 2))
+        waits.append(state["cooldown"][0].tolist())
+    assert waits == [[1, 1], [2, 2], [0, 0], [1, 1], [2, 2]]
     fund = PortfolioAllocation(1, **base)
     state = still(fund)
     for t in range(1, 7):
@@ -592,6 +602,125 @@ def test_accounts_are_carried_over() -> None:
         assert account is not None
         for name in cls.account_fields:
             torch.testing.assert_close(account[name], state[name])
+
+
+# Compact observations --------------------------------------------------------------------------------------------------------
+
+
+COMPACT: list[tuple[Any, dict[str, Any], int]] = [
+    (StockTrading, {}, 2 + 2 * 4),
+    (StockTrading, {"obs": "reference"}, 2 + 2 * 4),
+    (StockTrading, {"obs": "reference", "impact": "sqrt"}, 2 + 3 * 4),
+    (StockTrading, {"impact": "linear"}, 2 + 2 * 4),
+    (PortfolioAllocation, {}, 1 + 5),
+    (PortfolioAllocation, {"form": "covariance", "window": 20, "start": "2020-02-01"}, 1 + 5),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "size"), COMPACT)
+def test_compact_observations_stand_for_the_whole_ones(cls: Any, options: dict[str, Any], size: int) -> None:
+    m = dataclasses.replace(
+        walk(80),
+        feat=torch.rand(80, 4, 2, generator=torch.Generator().manual_seed(0)),
+        names=("rsi_30", "cci_30"),
+    )
+    settings = {**ALL, "market": m, "cash": 2e4, "episode_length": 20, **options}
+    whole, compact = cls(64, **settings), cls(64, compact_obs=True, **settings)
+    space = compact.single_observation_space
+    assert space.shape == (size,) and space.full == whole.single_observation_space
+    g = torch.Generator().manual_seed(3)
+    seen, short = whole.reset(seed=5)[0], compact.reset(seed=5)[0]
+    for step in range(30):
+        assert short.shape == (64, size) and torch.equal(short[:, 0], compact.state["t"].float())
+        assert torch.equal(space.expand(short), seen), step
+        # Rows may be of any shape.
+        assert torch.equal(space.expand(short[:6].view(2, 3, size)), seen[:6].view(2, 3, -1))
+        action = 2 * torch.rand(64, *whole.single_action_space.shape, generator=g) - 1
+        seen, r0, *_, i0 = whole.step(action)
+        short, r1, *_, i1 = compact.step(action)
+        assert torch.equal(r0, r1) and torch.equal(space.expand(i1["final_obs"]), i0["final_obs"])
+    assert len(seen.unique(dim=0)) == 64
+    check_env(lambda n, **k: cls(n, compact_obs=True, **settings, **k))
+    # Peers that know nothing of it, and a copy in another process, get the same.
+    view = compact.numpy()
+    assert view.single_observation_space == space.full and view.observation_space.shape == (
+        64,
+        *space.full.shape,
+    )
+    np.testing.assert_array_equal(view.reset(seed=5)[0], whole.reset(seed=5)[0])
+    single = GymView(cls(1, compact_obs=True, **settings))
+    assert single.observation_space == space.full and single.reset(seed=1)[0].shape == space.full.shape
+    copied = pickle.loads(pickle.dumps(space))
+    assert torch.equal(copied.table, space.table) and copied.places == space.places and copied == space
+
+
+def test_a_compact_space_is_pickled_as_a_recipe() -> None:
+    space = StockTrading(1, compact_obs=True).single_observation_space
+    assert space.table.numel() * 4 > 400_000
+    assert len(pickle.dumps(space)) < 1000
+
+
+def test_the_guard_reads_the_rows_of_a_compact_observation() -> None:
+    settings: dict[str, Any] = {"start": "2015-01-01", "end": "2016-06-01", "compact_obs": True}
+    env = StockTrading(2, **settings)
+    env.reset(seed=0)
+    LookaheadGuard(env).check(torch.ones(2, 5))
+    # A row that tells of its next bar.
+    env.tables = lambda market: (  # type: ignore[method-assign]
+        StockTrading.tables(env, market),
+        setattr(env, "rows", env.rows.roll(-1, 0)),
+    )
+    env._bind(env.whole)
+    with pytest.raises(EnvironmentFault, match="depends on what comes after"):
+        LookaheadGuard(env).check(torch.ones(2, 5))
+
+
+def test_the_standardised_observation() -> None:
+    m = walk(40, 2)
+    m = dataclasses.replace(
+        m,
+        names=("rsi_30",),
+        feat=torch.arange(80, dtype=torch.float32).reshape(40, 2, 1),
+        turbulence=torch.full((40,), 30.0, dtype=torch.float64),
+    )
+    options = {**ALL, "turbulence_threshold": 20.0, "turbulence_stop": False}
+    env = StockTrading(1, market=m, training=False, cash=1e4, holdings=[64, 32], cost_bps=0, **options)
+    env.reset(seed=0)
+    obs, *_ = env.step(torch.tensor([[0.0, -0.2]]))
+    worth = torch.tensor([64.0, 12.0], dtype=torch.float64) * m.close[1]
+    assert m.open is not None
+    cash = 1e4 + 20 * float(m.open[1, 1])
+    value = cash + float(worth.sum())
+    given = {"rsi_30": m.feat[..., 0].double(), "mean": None, "sigma": m.sigma}
+    # Two bars so far: the 60-day mean is that of both.
+    given["mean"] = torch.stack(
+        [(m.close[k] / m.close[max(0, k - 59) : k + 1].mean(0)).log() for k in range(40)]
+    )
+    rows = [((v - v.mean()) / v.std(correction=0))[1] for v in given.values() if v is not None]
+    ordered = [
+        ((given[n] - given[n].mean()) / given[n].std(correction=0))[1] for n in ("rsi_30", "mean", "sigma")
+    ]
+    assert len(rows) == 3
+    wanted = [cash / value, 1.5, 1.0, *(worth / value).tolist(), 1 / 21, 0.0, 1.0, 1.0]
+    wanted += torch.stack(ordered, -1).flatten().tolist()
+    np.testing.assert_allclose(obs[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_that_is_given() -> None:
+    env = StockTrading(1, start="2016-01-01", end="2017-01-01")
+    numbers = {"mean": env.scale.mean.tolist(), "deviation": env.scale.deviation.tolist()}
+    other = StockTrading(1, start="2017-01-01", end="2018-01-01", scale=numbers)
+    again = StockTrading(
+        1, start="2017-01-01", end="2018-01-01", fit_start="2016-01-01", fit_end="2017-01-01"
+    )
+    assert torch.equal(other.rows[:, 18:], again.rows[:, 18:])
+    for wrong, says in (
+        ({"mean": [0.0], "deviation": [1.0]}, "mean needs 7 numbers"),
+        ({"mean": numbers["mean"]}, "deviation needs 7 numbers"),
+        ({**numbers, "deviation": [0.0] * 7}, "deviations above 0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            StockTrading(1, scale=wrong)
 
 
 # What is refused ---------------------------------------------------------------------------------------------------------------------

@@ -217,3 +217,21 @@ def test_bad_graphons() -> None:
     with pytest.raises(ConfigError, match="needs 2 x 2"):
         graphon.block_model([0.5], [[1.0]])
     assert math.isclose(float(graphon.matrix(graphon.constant(0.5), x).mean()), 0.5)
+
+
+def test_nashconv_is_that_of_openspiel() -> None:
+    """Uniform policy, iterates of both mirror descents, on the crowd modelling game with W = 1, one of odd size.
+
+    `make bench` installs OpenSpiel into build/peers-openspiel; it is no dependency.
+    """
+    pytest.importorskip(
+        "pyspiel", reason="OpenSpiel is not installed: PYTHONPATH=build/peers-openspiel after make bench"
+    )
+    from benchmarks.meanfield import against_openspiel
+
+    for settings in ({}, {"horizon": 6, "size": 7, "iterations": 2, "rate": 1.0}):
+        found = against_openspiel(**settings)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found["ours"], found["theirs"], rtol=0, atol=1e-9)
+        assert found["ours"][-1] < 0.6 * found["ours"][0]
+        # What the move costs by the game's own rules is not what its cached values charge.
+        assert abs(found["charged"] - found["ours"][0]) > 1e-3

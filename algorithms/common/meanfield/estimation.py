@@ -20,9 +20,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from mobula.algorithms.common.meanfield import regression
-from mobula.algorithms.common.meanfield.regression import Fit, Table
+from mobula.algorithms.common.meanfield import embedding, regression
 from mobula.envs.meanfield import graphon
+from mobula.envs.meanfield.continuous import Bins, ContinuousLogs
 from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.envs.meanfield.logs import Logs
 from mobula.errors import ConfigError, DataError
@@ -36,7 +36,8 @@ class Settings:
     """How a graphon is fitted.
 
     gamma, sigma  ridge, and width of the kernel in median distances of z
-    inducing, kernel  points of the Nystroem approximation; "product" or "embedding"
+    inducing, kernel  points of the Nystroem approximation; "product" or "embedding" (for continuous logs: embedding)
+    ground    continuous logs: the kernel on states and actions (default: Gaussian, `embedding.gaussian_ground`)
     restarts  starts of the search; hidden positions get twice as many
     held_out  share of the episodes that classes, gamma and sigma are judged on
     bandwidth whether gamma and sigma are chosen (by factors of 10 and 2) on the held-out episodes
@@ -51,6 +52,7 @@ class Settings:
     bandwidth: bool = True
     iterations: int = 60
     seed: int = 0
+    ground: embedding.Ground | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Learned:
 
     shape: Shape
     positions: Tensor
-    fits: list[Fit]
+    fits: list[Any]
     loss: float
     held_out: dict[str, float] = field(default_factory=dict)
     gamma: float = 0.0
@@ -138,16 +140,31 @@ def units_of(shape: Shape, labels: Tensor) -> Tensor:
 class Search:
     """The projected loss of shapes and positions on some logs."""
 
-    def __init__(self, logs: Logs, settings: Settings, candidates: Sequence[Graphon] = ()) -> None:
+    def __init__(
+        self, logs: Logs | ContinuousLogs, settings: Settings, candidates: Sequence[Graphon] = ()
+    ) -> None:
         self.logs, self.settings, self.candidates = logs, settings, candidates
-        self._tables: dict[tuple[int, ...], Table] = {}
+        # Two regressions behind the same functions: on the aggregate, or on mean embeddings.
+        self.model: Any = embedding if isinstance(logs, ContinuousLogs) else regression
+        self._tables: dict[tuple[int, ...], Any] = {}
+        self._rows: embedding.Table | None = None
 
-    def table(self, shape: Shape, labels: Tensor) -> Table:
+    def table(self, shape: Shape, labels: Tensor) -> Any:
         """Rows of the logs for the shape's units."""
-        units = units_of(shape, labels)
+        return self.rows(units_of(shape, labels))
+
+    def rows(self, units: Tensor) -> Any:
+        """Rows of the logs for the units [N] of the agents."""
+        s = self.settings
+        if isinstance(self.logs, ContinuousLogs):
+            if self._rows is None:
+                self._rows = embedding.tabulate(
+                    self.logs, units, inducing=s.inducing, kernel=s.kernel, seed=s.seed, ground=s.ground
+                )
+            # Rows of agents, whatever their units: the kernel values are shared.
+            return replace(self._rows, units=units)
         key = tuple(units.tolist())
         if key not in self._tables:
-            s = self.settings
             if len(self._tables) > 400:
                 self._tables.clear()
             self._tables[key] = regression.tabulate(
@@ -155,12 +172,22 @@ class Search:
             )
         return self._tables[key]
 
-    def solve(self, shape: Shape, labels: Tensor, u: Tensor | None = None) -> tuple[Tensor, Fit]:
+    def solve(self, shape: Shape, labels: Tensor, u: Tensor | None = None) -> tuple[Tensor, Any]:
         """(objective, fit) at the shape's parameters, or at u."""
         s = self.settings
         at = torch.tensor(shape.values, dtype=torch.float64) if u is None else u
         W = unit_graphon(shape, at, labels, self.candidates)
-        return regression.solve(self.table(shape, labels), W, gamma=s.gamma, sigma=s.sigma, kernel=s.kernel)
+        found: tuple[Tensor, Any] = self.model.solve(
+            self.table(shape, labels), W, gamma=s.gamma, sigma=s.sigma, kernel=s.kernel
+        )
+        return found
+
+    def loss_on(self, shape: Shape, labels: Tensor, fit: Any) -> float:
+        """Mean squared error of a fit to other logs on these."""
+        at = torch.tensor(shape.values, dtype=torch.float64)
+        W = unit_graphon(shape, at, labels, self.candidates)
+        with torch.no_grad():
+            return float(self.model.loss_on(self.table(shape, labels), W, fit))
 
     def value(self, shape: Shape, labels: Tensor) -> float:
         """The objective."""
@@ -277,7 +304,7 @@ class Search:
             for k, place in enumerate(grid.tolist()):
                 # Row i of the graphon as if agent i stood at the place: only its own z is read.
                 W = self.at_place(shape, place, labels)
-                error[:, k] = own_errors(table, W, fit, N)
+                error[:, k] = self.model.own_errors(table, W, fit, N)
         weight = (-(error - error.amin(1, keepdim=True)) / error.amin().clamp_min(1e-12)).softmax(1)
         order = (weight @ grid).argsort(stable=True)
         moved = torch.empty_like(labels)
@@ -295,37 +322,19 @@ class Search:
         N = len(grid)
         every = torch.tensor(list(itertools.permutations(range(N))))
         s = self.settings
-        table = regression.tabulate(
-            self.logs, torch.arange(N), inducing=s.inducing, kernel=s.kernel, seed=s.seed
-        )
+        table = self.rows(torch.arange(N))
         W = graphon.matrix(as_graphon(shape, self.candidates), grid)
         best, chosen = float("inf"), every[0]
-        size = max(1, int(2e6 // (table.weight.numel() * len(table.anchors))))
+        size = max(1, int(2e6 // (table.samples * s.inducing)))
         with torch.no_grad():
             for part in every.split(size):
                 moved = W[part[:, :, None], part[:, None, :]]
-                losses, _ = regression.solve(table, moved, gamma=s.gamma, sigma=s.sigma, kernel=s.kernel)
+                losses, _ = self.model.solve(table, moved, gamma=s.gamma, sigma=s.sigma, kernel=s.kernel)
                 index = int(losses.argmin())
                 if float(losses[index]) < best - 1e-12:
                     best, chosen = float(losses[index]), part[index]
         # The same objective as everywhere else, whose rows may be merged.
         return self.value(shape, grid[chosen]), grid[chosen]
-
-
-def own_errors(table: Table, W: Tensor, fit: Fit, agents: int) -> Tensor:
-    """Squared errors [N] of every agent's own rows at z of W, whose units are the agents."""
-    z = regression.aggregates(table, W)
-    if fit.kernel == "product":
-        K = regression.gaussian(z, fit.anchors.unsqueeze(-3), fit.width.unsqueeze(-1))
-        residual = table.target - K @ fit.weights - fit.offsets.unsqueeze(-2)
-    else:
-        K = regression.embedding_kernel(
-            z[0], table.state[0], table.action[0], fit.anchors, fit.anchor_state, fit.anchor_action, fit.width
-        )
-        residual = (table.target[0] - K @ fit.weights[0] - fit.offsets[0]).unsqueeze(0)
-    square = table.weight * residual.square().sum(-1)
-    out = torch.zeros(agents, dtype=torch.float64)
-    return out.index_add_(0, table.unit.flatten(), square.flatten())
 
 
 def arranged(shape: Shape, blocks: Tensor) -> tuple[Shape, Tensor]:
@@ -389,7 +398,7 @@ def one_thread() -> Iterator[None]:
 
 
 def attempt(
-    logs: Logs, settings: Settings, kind: str, index: int, candidates: Sequence[Graphon]
+    logs: Logs | ContinuousLogs, settings: Settings, kind: str, index: int, candidates: Sequence[Graphon]
 ) -> tuple[float, Shape, Tensor]:
     """(loss, shape, positions) from start number `index` of a class, or of candidate number `index`: the work of one task."""
     with one_thread():
@@ -420,7 +429,7 @@ def attempt(
 
 
 def learn(
-    logs: Logs,
+    logs: Logs | ContinuousLogs,
     kind: str = "auto",
     settings: Settings | None = None,
     *,
@@ -444,8 +453,9 @@ def learn(
         raise ConfigError("graphon_class is 'list', but there are no candidates: name some graphons")
     if logs.agents < 2:
         raise DataError(f"{logs.agents} agent has no neighbours: at least 2 are needed")
-    flat = Search(logs, settings).table(Shape("const"), graphon.cells(logs.agents))
-    regression.check_excitation(flat, torch.ones(1, 1, dtype=torch.float64))
+    whole = Search(logs, settings)
+    flat = whole.table(Shape("const"), graphon.cells(logs.agents))
+    whole.model.check_excitation(flat, torch.ones(1, 1, dtype=torch.float64))
     train, held = split(logs, settings)
     if held is None and (kind == "auto" or settings.bandwidth):
         raise DataError(
@@ -503,7 +513,7 @@ def spread(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], worker
     return answers
 
 
-def split(logs: Logs, settings: Settings) -> tuple[Logs, Logs | None]:
+def split(logs: Any, settings: Settings) -> tuple[Any, Any]:
     """(training, held-out) episodes; None where there is only one."""
     L = logs.episodes
     if L < 2 or settings.held_out <= 0:
@@ -514,8 +524,8 @@ def split(logs: Logs, settings: Settings) -> tuple[Logs, Logs | None]:
 
 
 def _held_out(
-    train: Logs,
-    held: Logs,
+    train: Any,
+    held: Any,
     settings: Settings,
     found: tuple[float, Shape, Tensor],
     candidates: Sequence[Graphon],
@@ -523,14 +533,12 @@ def _held_out(
     _, shape, labels = found
     with torch.no_grad():
         _, fit = Search(train, settings, candidates).solve(shape, labels)
-        table = Search(held, settings, candidates).table(shape, labels)
-        W = unit_graphon(shape, torch.tensor(shape.values, dtype=torch.float64), labels, candidates)
-        return float(regression.loss_on(table, W, fit))
+    return Search(held, settings, candidates).loss_on(shape, labels, fit)
 
 
 def _bandwidth(
-    train: Logs,
-    held: Logs,
+    train: Any,
+    held: Any,
     settings: Settings,
     found: tuple[float, Shape, Tensor],
     candidates: Sequence[Graphon],
@@ -557,13 +565,42 @@ def plug_in(learned: Learned, like: FiniteMFG, labels: Tensor) -> FiniteMFG:
     def model(h: int, z: Tensor) -> tuple[Tensor, Tensor]:
         return fits[h if len(fits) > 1 else 0].predict(z)
 
-    if learned.steps:
-        each = [graphon.matrix(as_graphon(s, learned.candidates), labels) for s in learned.steps]
-        W, timed = torch.stack(each), True
-    else:
-        W, timed = graphon.matrix(learned.graphon, labels), False
+    W, timed = _graphons(learned, labels)
     law = like.mu0[:1].expand(M, -1)
     return FiniteMFG(f"{like.name} (learned)", like.states, like.actions, like.horizon, law, W, model, timed)
+
+
+def plug_in_bins(learned: Learned, bins: Bins, horizon: int, labels: Tensor) -> FiniteMFG:
+    """The game of a model fitted to continuous logs, its line of states cut into bins, on cells at `labels` [M].
+
+    The aggregate z on bins is a population at their centres; from a centre, the next state is Gaussian about f with the covariance of
+    the residuals, and goes to a bin with its probability there.  Bins are an approximation of the order of their width.
+    """
+    fits, centres = learned.fits, bins.centres
+    B, A = len(centres), len(bins.actions)
+    own = torch.cat([centres.repeat_interleave(A, 0), bins.actions.repeat(B, 1)], -1)
+    width = bins.edges[1] - bins.edges[0]
+
+    def model(h: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        fit = fits[h if len(fits) > 1 else 0]
+        mean, r = fit.predict(own, centres, z)
+        # Noise far below the width of a bin is no noise: a step between bins.
+        deviation = fit.noise[0, 0].sqrt().clamp_min(1e-3 * width)
+        below = torch.special.ndtr((bins.edges[1:-1] - mean) / deviation)
+        zero = torch.zeros_like(below[..., :1])
+        P = torch.cat([zero, below, zero + 1.0], -1).diff(dim=-1)
+        return P.unflatten(-2, (B, A)), r.unflatten(-1, (B, A))
+
+    W, timed = _graphons(learned, labels)
+    return FiniteMFG("bins (learned)", B, A, horizon, bins.law.expand(len(labels), -1), W, model, timed)
+
+
+def _graphons(learned: Learned, labels: Tensor) -> tuple[Tensor, bool]:
+    """(W [M, M], False), or (W [H, M, M], True) where every step has its own."""
+    if not learned.steps:
+        return graphon.matrix(learned.graphon, labels), False
+    each = [graphon.matrix(as_graphon(s, learned.candidates), labels) for s in learned.steps]
+    return torch.stack(each), True
 
 
 def shown(values: Tensor) -> Tensor:

@@ -285,7 +285,28 @@ def check_excitation(table: Table, W: Tensor) -> None:
     mean = (w * z).sum((-3, -2), keepdim=True) / table.samples
     spread = float(((w * (z - mean).square()).sum((-3, -2)) / table.samples).sum(-1).sqrt())
     if spread < 1e-4:
-        raise DataError(
-            f"graphon not identifiable from these logs: the neighbourhood aggregate varies by {spread:.1e} only; vary initial laws"
-            " and actions between episodes"
+        raise not_identifiable(spread)
+
+
+def not_identifiable(spread: float) -> DataError:
+    """The error for logs in which z varies by `spread` only."""
+    return DataError(
+        f"graphon not identifiable from these logs: the neighbourhood aggregate varies by {spread:.1e} only; vary initial laws"
+        " and actions between episodes"
+    )
+
+
+def own_errors(table: Table, W: Tensor, fit: Fit, agents: int) -> Tensor:
+    """Squared errors [N] of every agent's own rows at z of W, whose units are the agents."""
+    z = aggregates(table, W)
+    if fit.kernel == "product":
+        K = gaussian(z, fit.anchors.unsqueeze(-3), fit.width.unsqueeze(-1))
+        residual = table.target - K @ fit.weights - fit.offsets.unsqueeze(-2)
+    else:
+        K = embedding_kernel(
+            z[0], table.state[0], table.action[0], fit.anchors, fit.anchor_state, fit.anchor_action, fit.width
         )
+        residual = (table.target[0] - K @ fit.weights[0] - fit.offsets[0]).unsqueeze(0)
+    square = table.weight * residual.square().sum(-1)
+    out = torch.zeros(agents, dtype=torch.float64)
+    return out.index_add_(0, table.unit.flatten(), square.flatten())

@@ -49,21 +49,33 @@ def independent_paths(network: Network, found: Assignment) -> tuple[Array, Array
     return delta[:, kept], lam[:, kept]
 
 
+def cost_slopes(problem: Problem, x: Array, y: Array) -> tuple[Array, Array]:
+    """(du_a / dx_a [A], du_a / dy_a [m] on the candidates) of the users' link costs u = t + toll at flows x [A] and design y [m]."""
+    network, rows = problem.network, problem.links
+    _, add = problem.spread(y)
+    slope = assignment.travel_time_slope(network, x, add)
+    # Capacity: -t' x / (c + y), because t depends on x / (c + y).
+    lower = slope[rows] * x[rows] / (network.capacity[rows] + add[rows])
+    return slope, np.ones(problem.size) if problem.kind == "toll" else -lower
+
+
+def value_and_slopes(problem: Problem, x: Array, y: Array) -> tuple[float, Array, Array]:
+    """(F, dF / dx [A], dF / dy [m]) of the objective at flows x [A] and design y [m], both free."""
+    flows = torch.from_numpy(np.array(x, dtype=np.float64)).requires_grad_()
+    design = torch.from_numpy(np.array(y, dtype=np.float64)).requires_grad_()
+    times = Roads.of(problem.network).times(flows, problem.spread(design)[1])
+    F = problem.value(flows[None], times[None], design[None]).sum()
+    F_x, F_y = torch.autograd.grad(F, [flows, design], allow_unused=True, materialize_grads=True)
+    return float(F.detach()), F_x.numpy(), F_y.numpy()
+
+
 def flow_derivative(problem: Problem, y: Array, found: Assignment) -> Array:
     """dx / dy [A, m] at the equilibrium `found` of design y."""
     network = problem.network
     delta, lam = independent_paths(network, found)
-    _, add = problem.spread(y)
-    slope = assignment.travel_time_slope(network, found.x, add)
-    # du / dy on the candidates: 1 for a toll; for capacity, -t' x / (c + y), because t depends on x / (c + y).
-    rows = problem.links
+    slope, by_design = cost_slopes(problem, found.x, y)
     change = np.zeros((network.num_links, problem.size))
-    if problem.kind == "toll":
-        change[rows, np.arange(problem.size)] = 1.0
-    else:
-        change[rows, np.arange(problem.size)] = (
-            -slope[rows] * found.x[rows] / (network.capacity[rows] + add[rows])
-        )
+    change[problem.links, np.arange(problem.size)] = by_design
     k, w = delta.shape[1], lam.shape[0]
     H = (delta.T * slope) @ delta
     system = np.block([[H, -lam.T], [lam, np.zeros((w, w))]])
@@ -75,14 +87,8 @@ def flow_derivative(problem: Problem, y: Array, found: Assignment) -> Array:
 
 def gradient(problem: Problem, y: Array, found: Evaluation) -> Array:
     """dF / dy [m] of the objective at the equilibrium `found`."""
-    network = problem.network
-    x_y = torch.from_numpy(flow_derivative(problem, y, found.assignment))
-    x = torch.from_numpy(found.x).requires_grad_()
-    design = torch.from_numpy(np.array(y, dtype=np.float64)).requires_grad_()
-    times = Roads.of(network).times(x, problem.spread(design)[1])
-    F = problem.value(x[None], times[None], design[None]).sum()
-    F_x, F_y = torch.autograd.grad(F, [x, design], allow_unused=True, materialize_grads=True)
-    return (F_y + F_x @ x_y).numpy()
+    _, F_x, F_y = value_and_slopes(problem, found.x, y)
+    return F_y + F_x @ flow_derivative(problem, y, found.assignment)
 
 
 def sab(

@@ -95,6 +95,13 @@ class Offline(Method):
 
     def play(self, episodes: int | None = None) -> np.ndarray[Any, Any]:
         """Returns [S, episodes] of the deterministic policies of all seeds, one episode in each of S x episodes worlds."""
+        return self.play_out(episodes)[0]
+
+    def play_out(self, episodes: int | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """What `play` gives and the lengths of the same episodes, in steps: two arrays [S, episodes].
+
+        Raises ConfigError where the data name no environment.
+        """
         if not isinstance(self.config.env, str):
             raise ConfigError(f"{self.dataset.name} names no environment to play in: set one with --env")
         return play(
@@ -137,8 +144,11 @@ class Offline(Method):
 @torch.no_grad()
 def play(
     module: OfflineModule, env: str, env_config: Mapping[str, Any], episodes: int, run: int
-) -> np.ndarray[Any, Any]:
-    """Undiscounted returns [S, episodes] of the module's deterministic policies; the seeds meet the same first states."""
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Undiscounted returns, and lengths in steps to the end or the time limit, of the module's deterministic policies.
+
+    Both [S, episodes]; the seeds meet the same first states.
+    """
     S = int(module.about["seeds"])
     world = registry.make_env(env, S * episodes, **dict(env_config))
     scale = to_space(
@@ -152,6 +162,7 @@ def play(
         world.state = {name: value.repeat(S, *[1] * (value.ndim - 1)) for name, value in first.items()}
         obs = world.observe(world.state)
     total = torch.zeros(S * episodes, dtype=torch.float64)
+    length = torch.zeros(S * episodes, dtype=torch.int64)
     alive = torch.ones(S * episodes, dtype=torch.bool)
     while bool(alive.any()):
         action = module.best_action(module.features(obs).unflatten(0, (S, episodes))).flatten(0, 1)
@@ -159,6 +170,7 @@ def play(
             scale(action.float() if not module.discrete else action)
         )
         total += reward.double() * alive
+        length += alive
         alive &= ~(terminated | truncated)
     world.close()
-    return total.view(S, episodes).numpy()
+    return total.view(S, episodes).numpy(), length.view(S, episodes).numpy()

@@ -16,6 +16,7 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
 from mobula.errors import ConfigError
+from mobula.sampling.spaces import Indexed, expand
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
@@ -54,18 +55,23 @@ class TensorModule(TorchRLModule):
 
 
 class Encoder(nn.Module):
-    """Observations as flat float features: boxes flattened, discrete ones one-hot; optionally normalised.
+    """Observations as flat float features: boxes flattened, discrete ones one-hot, indexed ones expanded; optionally normalised.
 
     The running mean and variance are buffers, so they are checkpointed, sent to env runners and exported with the
     weights; they change only in `update_statistics`.
     """
 
+    table: Tensor | None
     count: Tensor
     mean: Tensor
     square: Tensor
 
     def __init__(self, space: gymnasium.Space[Any], *, normalize: bool = False, clip: float = 10.0) -> None:
         super().__init__()
+        # No part of the state: it comes with the space, and what is learnt is what would be learnt without it.
+        self.register_buffer("table", space.table if isinstance(space, Indexed) else None, persistent=False)
+        if isinstance(space, Indexed):
+            self.places, space = space.places, space.full
         self.space, self.normalize, self.clip = space, normalize, clip
         if isinstance(space, spaces.Box):
             self.size = int(np.prod(space.shape))
@@ -82,6 +88,8 @@ class Encoder(nn.Module):
 
     def features(self, obs: Tensor) -> Tensor:
         """[..., size] float32 before normalisation."""
+        if self.table is not None:
+            return expand(obs, self.table, self.places)
         if isinstance(self.space, spaces.Discrete):
             return nn.functional.one_hot(obs.long() - int(self.space.start), self.size).float()
         axes = len(self.space.shape or ())

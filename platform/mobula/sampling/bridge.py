@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from mobula.errors import ConfigError, DataError, nearest
+from mobula.sampling.spaces import full_observations, full_space
 from mobula.sampling.tensor_env import Info, TensorEnv
 
 
@@ -177,7 +178,7 @@ class GymView(gymnasium.Env[Any, Any]):
         if env.num_envs != 1 or env.num_agents is not None:
             raise ConfigError("a gymnasium view takes a tensor environment with num_envs=1 and no agent axis")
         self.tensor_env = env
-        self.observation_space = env.single_observation_space
+        self.observation_space = full_space(env.single_observation_space)
         self.action_space = env.single_action_space
         self.metadata = env.metadata
         self.render_mode = env.render_mode
@@ -187,12 +188,12 @@ class GymView(gymnasium.Env[Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         obs, _ = self.tensor_env.reset(seed=seed, options=options)
-        return _item(obs), {}
+        return self._item(obs), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         tensor = torch.as_tensor(np.asarray(action), device=self.tensor_env.device).unsqueeze(0)
         obs, reward, terminated, truncated, info = self.tensor_env.step(tensor)
-        return _item(info.get("final_obs", obs)), float(reward), bool(terminated), bool(truncated), {}
+        return self._item(info.get("final_obs", obs)), float(reward), bool(terminated), bool(truncated), {}
 
     def render(self) -> Any:
         return self.tensor_env.render()
@@ -200,7 +201,6 @@ class GymView(gymnasium.Env[Any, Any]):
     def close(self) -> None:
         self.tensor_env.close()
 
-
-def _item(obs: Tensor) -> Any:
-    array = obs[0].cpu().numpy()
-    return array[()] if array.ndim == 0 else array
+    def _item(self, obs: Tensor) -> Any:
+        array = full_observations(self.tensor_env.single_observation_space, obs[0]).cpu().numpy()
+        return array[()] if array.ndim == 0 else array

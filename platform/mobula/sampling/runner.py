@@ -45,8 +45,10 @@ from torch import Tensor
 
 from mobula import registry
 from mobula.errors import ConfigError, DataError, EnvironmentFault, MobulaError
+from mobula.learning.modules import Encoder
 from mobula.sampling.actions import act, action_map, log_probability, random_actions, to_space
 from mobula.sampling.rollout import Rollout
+from mobula.sampling.spaces import Indexed
 from mobula.sampling.tensor_env import TensorEnv
 
 logger = logging.getLogger("mobula")
@@ -145,6 +147,12 @@ class TensorEnvRunner(EnvRunner, Checkpointable):
         """(Re)creates the module that acts."""
         spec = self.config.get_rl_module_spec(spaces=self.get_spaces(), inference_only=True)
         self.module = spec.build()
+        indexed = isinstance(self.module.observation_space, Indexed)
+        if indexed and not any(isinstance(part, Encoder) for part in self.module.modules()):
+            raise ConfigError(
+                f"{type(self.module).__name__} reads whole observations, and this environment sends the rows of a table:"
+                " turn that off in its settings"
+            )
         self.module.to(self.device)
         self.module.eval()
 

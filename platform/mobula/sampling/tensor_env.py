@@ -23,6 +23,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from mobula.sampling.spaces import full_observations, full_space
+
 State = dict[str, Tensor]
 """Named tensors with one leading axis of size n (environments)."""
 
@@ -194,7 +196,7 @@ class TensorEnv(VectorEnv):  # type: ignore[type-arg]
 
 
 class NumpyView(VectorEnv):  # type: ignore[type-arg]
-    """A `TensorEnv` as an ordinary `gymnasium.vector.VectorEnv` of NumPy arrays.
+    """A `TensorEnv` as an ordinary `gymnasium.vector.VectorEnv` of NumPy arrays; indexed observations are expanded.
 
     With SAME_STEP autoreset, `info["final_obs"]` and `info["_final_obs"]` are laid out as gymnasium's own vector
     environments do: an object array with an entry where an episode ended.
@@ -204,9 +206,9 @@ class NumpyView(VectorEnv):  # type: ignore[type-arg]
         super().__init__()
         self.tensor_env = env
         self.num_envs = env.num_envs
-        self.single_observation_space = env.single_observation_space
+        self.single_observation_space = full_space(env.single_observation_space)
         self.single_action_space = env.single_action_space
-        self.observation_space = env.observation_space
+        self.observation_space = env._batched(self.single_observation_space)
         self.action_space = env.action_space
         self.metadata = env.metadata
         self.render_mode = env.render_mode
@@ -215,7 +217,10 @@ class NumpyView(VectorEnv):  # type: ignore[type-arg]
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray[Any, Any], Info]:
         obs, _ = self.tensor_env.reset(seed=seed, options=options)
-        return obs.cpu().numpy(), {}
+        return self._array(obs), {}
+
+    def _array(self, obs: Tensor) -> np.ndarray[Any, Any]:
+        return full_observations(self.tensor_env.single_observation_space, obs).cpu().numpy()
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, Info]:
         tensor = torch.as_tensor(np.asarray(actions), device=self.tensor_env.device)
@@ -224,12 +229,12 @@ class NumpyView(VectorEnv):  # type: ignore[type-arg]
         infos: Info = {}
         if "final_obs" in info and ended.any():
             final = np.full(self.num_envs, None, dtype=object)
-            last = info["final_obs"].cpu().numpy()
+            last = self._array(info["final_obs"])
             for index in np.flatnonzero(ended):
                 final[index] = last[index]
             infos = {"final_obs": final, "_final_obs": ended}
         return (
-            obs.cpu().numpy(),
+            self._array(obs),
             reward.double().cpu().numpy(),
             terminated.cpu().numpy(),
             truncated.cpu().numpy(),

@@ -1,7 +1,8 @@
 """What can be served beside policies: planners, mechanisms and language models, and the folder that each is exported to.
 
 A service is a class with `load(folder, settings, device)`, registered under a name in the entry-point group `mobula.services`, and the
-methods of one of the three protocols below.  Its artefact is a folder: `service.json` names the class by its registered name (never by
+methods of one of the three protocols below.  One that is made of a trained policy has `export(run, folder)` too (`mobula export
+--service`).  Its artefact is a folder: `service.json` names the class by its registered name (never by
 a path), holds its settings, and lists every file with its SHA-256 digest.
 """
 

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from mobula import registry
 from mobula.algorithms.finance import agents, market_rl, market_rl_experiment
 from mobula.algorithms.finance.market_rl import MarketRL, MarketRLConfig
 from mobula.artifact import export_policy, load_policy
-from mobula.envs.finance import metrics, synthetic
+from mobula.envs.finance import metrics, synthetic, tensors
+from mobula.envs.finance.serving import export_agent
 from mobula.errors import ConfigError, DataError
+from mobula.evaluation import evaluate_policy
+from mobula.learning.modules import TensorModule
+from mobula.serving.backend import run_mechanism
+from mobula.serving.services import load_service
 
 SPAN = {"start": "2018-01-01", "end": "2019-01-01"}
 
@@ -181,6 +187,154 @@ def test_ppo_finds_the_planted_signal(ray_session: None) -> None:
     share = float(synthetic.score(acts, s, beta=1e-3, cost=0.0).mean()) / synthetic.sign_optimum()
     algorithm.stop()
     assert share > 0.5
+
+
+@pytest.mark.parametrize("env", ["stock_trading", "portfolio"])
+def test_ppo_learns_the_same_from_compact_observations(env: str, ray_session: None, tmp_path: Path) -> None:
+    """Same seed, same draws: outputs, losses and weights agree, and nothing that is kept holds the market."""
+    found, results, sizes, policies = [], [], [], []
+    for compact in (False, True):
+        made: Any = registry.config_class("PPO")()
+        made.environment(env, env_config={**SPAN, "compact_obs": compact})
+        made.env_runners(num_envs_per_env_runner=16)
+        made.training(rollout_length=16, num_epochs=2, minibatch_size=64, normalize_observations=True)
+        algorithm = made.debugging(seed=0, log_level="ERROR").build_algo()
+        # Actions that trade.
+        with torch.no_grad():
+            algorithm.learner_group._learner.rl_module.pi[-1].weight.mul_(50.0)
+        for _ in range(2):
+            result = algorithm.train()
+        results.append({k: float(v) for k, v in result["learners"]["default_policy"].items() if "loss" in k})
+        found.append(algorithm.learner_group._learner.rl_module)
+        folder = Path(algorithm.save_to_path(str(tmp_path / f"checkpoint{compact}")))
+        sizes.append(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        policies.append(export_policy(algorithm, tmp_path / f"policy{compact}"))
+        restored = type(algorithm).from_checkpoint(str(folder))
+        for name, value in restored.learner_group._learner.rl_module.state_dict().items():
+            assert torch.equal(value, found[-1].state_dict()[name]), name
+        again, on = (a.train()["learners"]["default_policy"]["policy_loss"] for a in (restored, algorithm))
+        assert float(again) == float(on)
+        for each in (algorithm, restored):
+            each.stop()
+    whole, compact_module = found
+    assert len(results[0]) >= 3
+    assert results[1] == pytest.approx(results[0], abs=1e-6)
+    assert set(whole.state_dict()) == set(compact_module.state_dict())
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(compact_module.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+    # On the same states.
+    worlds = [registry.make_env(env, 32, **SPAN, compact_obs=c) for c in (False, True)]
+    seen = [w.reset(seed=4)[0] for w in worlds]
+    assert seen[0].shape[1] > 3 * seen[1].shape[1]
+    outputs = [m._forward({Columns.OBS: o})["action_dist_inputs"] for m, o in zip(found, seen, strict=True)]
+    values = [m.compute_values({Columns.OBS: o}) for m, o in zip(found, seen, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-6)
+    assert float(outputs[0].detach().std()) > 0.1
+    # The table is in no checkpoint, and an exported policy takes whole observations.
+    assert abs(sizes[1] - sizes[0]) < 20_000
+    one, other = (load_policy(p) for p in policies)
+    assert one.observation_space == other.observation_space == worlds[0].single_observation_space
+    np.testing.assert_allclose(other.act(seen[0].numpy()), one.act(seen[0].numpy()), atol=1e-5)
+    settings = {**SPAN, "compact_obs": True, "training": False}
+    played = [
+        evaluate_policy(other, env, episodes=1, seed=0, env_config={**settings, "compact_obs": c})
+        for c in (True, False)
+    ]
+    assert played[0] == played[1]
+
+
+def test_compact_observations_in_other_processes(ray_session: None) -> None:
+    made: Any = registry.config_class("PPO")()
+    made.environment("portfolio", env_config={**SPAN, "compact_obs": True})
+    made.env_runners(num_env_runners=1, num_envs_per_env_runner=8).learners(num_learners=1)
+    made.training(rollout_length=8, num_epochs=1, minibatch_size=32)
+    algorithm = made.debugging(seed=0, log_level="ERROR").build_algo()
+    assert algorithm.train()["env_runners"]["num_env_steps_sampled"] == 64
+    algorithm.stop()
+
+
+def test_modules_without_an_encoder_refuse_compact_observations(ray_session: None) -> None:
+    made = config()
+    made.env_config = {**SPAN, "compact_obs": True}
+    with pytest.raises(ConfigError, match="leave compact_obs out"):
+        made.build_algo()
+
+    class Bare(TensorModule):
+        def setup(self) -> None:
+            self.layer = torch.nn.Linear(self.observation_space.shape[0], 6)
+
+    plain: Any = registry.config_class("PPO")()
+    plain.environment("portfolio", env_config={**SPAN, "compact_obs": True})
+    plain.rl_module(rl_module_spec=RLModuleSpec(module_class=Bare))
+    with pytest.raises(ConfigError, match="Bare reads whole observations"):
+        plain.build_algo()
+
+
+def test_many_environments_are_compact(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    build = registry.config_class("PPO").build_algo
+
+    def spy(self: Any) -> Any:
+        seen.append(self.env_config["compact_obs"])
+        return build(self)
+
+    monkeypatch.setattr(registry.config_class("PPO"), "build_algo", spy)
+    results = []
+    for count in (1023, 1024):
+        c = config(num_envs=count, steps=1)
+        _, weights, steps = agents.train_agent("a2c", "portfolio", dict(SPAN), c, seed=1)
+        assert steps == 8 * count
+        results.append(weights["pi.0.weight"].shape)
+    assert seen == [False, True]
+    assert results[0] == results[1]
+
+
+def test_the_last_window_s_agent_is_served(ray_session: None, tmp_path: Path) -> None:
+    algorithm = config("stock_trading", algo_families=["a2c", "ppo"], train_share=0.4).build_algo()
+    policy = export_policy(algorithm, tmp_path / "untrained")
+    with pytest.raises(ConfigError, match="has traded no window yet"):
+        export_agent(policy, tmp_path / "agent")
+    algorithm.train()
+    policy = export_policy(algorithm, tmp_path / "policy")
+    window, entry = algorithm.windows[0], algorithm.log[0]
+    service, _ = load_service(export_agent(policy, tmp_path / "agent"))
+    span = algorithm.span
+    # Scale and threshold of what was traded: nothing after the training range has a part.
+    rows = tensors.relative(span.whole)[span.first + window.train[0] : span.first + window.train[1]].flatten(
+        0, 1
+    )
+    np.testing.assert_allclose(service.settings["scale"]["mean"], rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(service.settings["scale"]["deviation"], rows.std(0, correction=0), rtol=1e-9)
+    assert service.settings["turbulence_threshold"] == pytest.approx(entry["threshold"])
+    assert service.agent == entry["selected"]
+    assert service.settings["turbulence_stop"] is True
+    # At the end of the block, the account that the block left: what the block's own environment shows.
+    world = algorithm._world((window.trade[0] - 1, window.trade[1]), window, entry["threshold"])
+    world.carry_on(algorithm.held["ensemble"])
+    world.state["t"] += world.T - 1
+    obs = world.observe(world.state)
+    with torch.no_grad():
+        wanted = algorithm.rl_module.act_as(entry["selected"], obs)[0]
+    stop = world.first + world.T
+    bars = [
+        {"time": f"{str(span.whole.time[k])[:19]}Z", "symbol": s, "close": float(span.whole.close[k, i])}
+        for k in range(stop)
+        for i, s in enumerate(span.symbols)
+    ]
+    held = algorithm.held["ensemble"]
+    account = {
+        "cash": float(held["cash"]),
+        "shares": dict(zip(span.symbols, held["shares"][0].tolist(), strict=True)),
+        "bars_since_trade": {
+            s: int(n) for s, n in zip(span.symbols, held["cooldown"][0].tolist(), strict=True)
+        },
+    }
+    answer = run_mechanism(service, {"time": bars[-1]["time"], "account": account, "bars": bars}, None)
+    np.testing.assert_allclose(answer.audit["action"], wanted, rtol=1e-5, atol=1e-5)
+    assert answer.audit["value"] == pytest.approx(float(held["value"]))
+    assert answer.outcome["agent"] == entry["selected"]
+    algorithm.stop()
 
 
 def test_the_experiment_is_whole() -> None:

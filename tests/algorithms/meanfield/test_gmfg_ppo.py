@@ -15,6 +15,7 @@ from mobula.algorithms.meanfield import gmfg_ppo_networks as networks
 from mobula.algorithms.meanfield.gmfg_ppo import GMFGPPO, GMFGPPOConfig
 from mobula.artifact import export_policy, load_policy
 from mobula.envs.meanfield import graphon
+from mobula.envs.meanfield.continuous import LinearCrowd, bins, save_continuous_logs, simulate_linear
 from mobula.envs.meanfield.logs import save_logs, simulate
 from mobula.errors import ConfigError, DataError
 from mobula.experiment import Task
@@ -284,6 +285,50 @@ def test_logs_from_a_file(ray_session: None, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the game sis has 2 and 2"):
         refused.training_step()
     for each in (simulated, read, other, refused):
+        each.stop()
+
+
+def test_continuous_logs(ray_session: None, tmp_path: Path) -> None:
+    """The crowd wants to be where others are, and moving costs: learned from a file, solved on bins, better than the uniform policy
+    in the TRUE crowd cut into the same bins.
+    """
+    crowd = LinearCrowd(a=0.5, b=0.5, c=0.5, noise=0.3, track=0.2, effort=0.4)
+    logs = simulate_linear(crowd, graphon.named("sbm"), 10, 20, 3)
+    file = str(save_continuous_logs(logs, tmp_path / "crowd.parquet"))
+    knobs = {"game": "logs", "logs": file, "kernel": "embedding", "bins": 15, "gamma": 1e-6, "inducing": 40}
+    knobs |= {"horizon": None, "graphon_class": "sbm(2)", "T": 40, "iters_per_step": 20, "lam": 0.3}
+    algorithm = config(**knobs).build_algo()
+    algorithm.train()
+    restored = GMFGPPO.from_checkpoint(algorithm.save_to_path(str(tmp_path / "checkpoint")))
+    result, again = run(algorithm), run(restored)
+    assert result["exploitability"] == again["exploitability"] < 0.02
+    cut, W = bins(logs, 15), graphon.matrix(graphon.named("sbm"), graphon.cells(10))
+    x, u = cut.centres, cut.actions.flatten()
+
+    def model(h: int, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        met = (z @ x).unsqueeze(-1)
+        mean = (0.5 * x + 0.5 * met + 0.5 * u).unsqueeze(-1)
+        below = torch.special.ndtr((cut.edges[1:-1] - mean) / 0.3)
+        P = torch.cat([0 * below[..., :1], below, 0 * below[..., :1] + 1], -1).diff(dim=-1)
+        return P, -0.2 * (x - met).square() - 0.4 * u.square()
+
+    truth = graphon.FiniteMFG("crowd", 15, 3, 3, cut.law.expand(10, -1), W, model)
+    uniform = float(graphon.exploitability(truth, graphon.uniform_policy(truth), 0.3).mean())
+    found = float(graphon.exploitability(truth, algorithm.state.policy, 0.3).mean())
+    assert found < 0.3 * uniform
+    policy = load_policy(export_policy(algorithm, tmp_path / "policy"))
+    answer = policy.answer([0.31, NAN, 1, 7])
+    np.testing.assert_allclose(answer["probs"], algorithm.state.policy[3, 1, 7])
+    for wrong, says in (
+        ({"kernel": "product"}, "needs logs=FILE, kernel=embedding and source=learned"),
+        ({"source": "known"}, "needs logs=FILE, kernel=embedding and source=learned"),
+        ({"logs": None}, "needs logs=FILE"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            config(**{**knobs, **wrong}).validate()
+    with pytest.raises(DataError, match="does not exist"):
+        config(**{**knobs, "logs": str(tmp_path / "none.parquet")})
+    for each in (algorithm, restored):
         each.stop()
 
 

@@ -238,6 +238,43 @@ def test_normalisation_lives_in_the_policy(ray_session: None, tmp_path: Path) ->
     algorithm.stop()
 
 
+def test_lengths_of_played_episodes() -> None:
+    """Two seeds against the point stepped by hand in numpy: one walks to the goal, one stands still."""
+    from mobula.algorithms.offline.base import method
+    from mobula.envs.mazes import PointMaze2D
+
+    episodes, world = 4, PointMaze2D(4)
+    lead = recipes.waypoint(world)
+
+    class Scripted:
+        about, discrete = {"seeds": 2}, False
+
+        def features(self, obs: torch.Tensor) -> torch.Tensor:
+            return obs
+
+        def best_action(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.stack([lead(features[0]), torch.zeros(episodes, 2)])
+
+    returns, lengths = method.play(Scripted(), "point_maze", {}, episodes, 3)  # type: ignore[arg-type]
+    first, _ = PointMaze2D(2 * episodes).reset(seed=method.EVALUATION_SEED + 3000)
+    table, wall = world.waypoints().numpy(), world.wall.numpy()
+    wanted = []
+    for x, y in first[:episodes, :2].double().numpy():
+        u = v = 0.0
+        for step in range(1, 301):
+            aim = table[int(y), int(x)]
+            a, b = np.clip(8 * (0.5 * np.clip(aim - [x, y], -1, 1) - [u, v]), -1, 1)
+            u, v = 0.9 * u + 0.1 * a, 0.9 * v + 0.1 * b
+            x, u = (x, 0.0) if wall[int(y), int(x + 0.2 * u)] else (x + 0.2 * u, u)
+            y, v = (y, 0.0) if wall[int(y + 0.2 * v), int(x)] else (y + 0.2 * v, v)
+            if np.hypot(x - 1.5, y - 1.5) <= 0.5:
+                wanted.append(step)
+                break
+    assert len(set(wanted)) > 1
+    assert lengths.tolist() == [wanted, [300] * episodes]
+    assert returns.tolist() == [[1.0] * episodes, [0.0] * episodes]
+
+
 def test_streaming_learns_from_parquet(ray_session: None) -> None:
     algorithm = make(
         BCConfig, data="pendulum/scripted,size=2000", streaming=True, block=60, steps=60, lr=1e-2
