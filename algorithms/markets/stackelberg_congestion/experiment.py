@@ -503,7 +503,8 @@ def experiment() -> Experiment:
         notes=(
             "Objectives are those of an exact equilibrium (relative gap 1e-8). `excess` is (TT - TT_SO) / (TT_UE - TT_SO) in total"
             " travel time. On the nine nodes DolMD runs its dynamic at r = 0.02: at the authors' 0.05 it ends in a cycle under some of"
-            " the demand tables, which the code refuses. `best known` is dual annealing polished with the exact derivative of the equilibrium."
+            " the demand tables, which the code refuses. `best known` is dual annealing polished with the exact derivative of the equilibrium. Cutting planes"
+            " are solved by a local method; the other cells are kept from the run of commit d1b75a6c479a."
             + (f" Sioux Falls was not run: {reason}." if reason else "")
         ),
     )
