@@ -325,7 +325,7 @@ def _numbers(value: Any, name: str) -> np.ndarray[Any, Any]:
         if array.dtype == object:
             # null in JSON
             array = array.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{name} is no array of numbers: {error}") from error
     if array.dtype.kind not in "iuf":
         raise DataError(f"{name} is no array of numbers: it holds {array.dtype}")

@@ -211,6 +211,14 @@ def test_the_formats_say_the_same(client: TestClient) -> None:
         ("cart", {"obs": [0, 0, 0, None]}, "obs"),
         ("cart", {"obs": [0, 0, 0, 1e39]}, "obs"),
         ("cart", {"obs": [[[]]]}, "obs"),
+        # Whole numbers may have any number of digits in JSON.
+        ("cart", {"obs": [0, 0, 0, 10**309]}, "obs"),
+        ("grid", {"obs": 10**309}, "obs"),
+        (
+            "bandit",
+            {"obs": [0, 0], "state": {"mean": [0, 10**309], "cov": [[1, 0], [0, 1]], "age": 1}},
+            "state.mean",
+        ),
         ("swing", {"obs": [1.5, 0, 0]}, "obs"),
         ("grid", {"obs": 99}, "obs"),
         ("grid", {"obs": 0.5}, "obs"),
