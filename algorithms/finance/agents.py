@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,10 @@ class Actor(nn.Module):
         return mean.tanh() if self.squashed else mean.clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def take(self, modules: Sequence[nn.Module], actions: int) -> None:
-        """Copies the linear layers of `modules` in their order; of the last one the rows of the mean."""
-        given = [m for part in modules for m in part.modules() if isinstance(m, nn.Linear)]
+    def take(self, layers: Sequence[nn.Linear]) -> None:
+        """Copies `layers`; of the last one the rows of the mean."""
         own = [m for m in self.net if isinstance(m, nn.Linear)]
-        assert len(given) == len(own)
-        for mine, theirs in zip(own, given, strict=True):
+        for mine, theirs in zip(own, layers, strict=True):
             mine.weight.copy_(theirs.weight[: mine.out_features])
             mine.bias.copy_(theirs.bias[: mine.out_features])
 
@@ -128,12 +126,10 @@ def train_agent(
     config: Any,
     seed: int,
     warm: dict[str, Tensor] | None = None,
-) -> tuple[list[nn.Module], dict[str, Tensor], int]:
-    """Trains one agent on one range.  Returns (the modules of its mean, all its weights for a warm start, steps taken)."""
-    if family == "sac":
-        algorithm, steps = _sac(env, env_config, config, seed), config.sac_steps
-    else:
-        algorithm, steps = _ppo(family, env, env_config, config, seed), config.steps
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Trains one agent on one range.  Returns (state of its `Actor`, all its weights for a warm start, steps taken)."""
+    algorithm = build_agent(family, env, env_config, config, seed)
+    steps = config.sac_steps if family == "sac" else config.steps
     module = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()
     taken = 0
     try:
@@ -143,9 +139,26 @@ def train_agent(
             result = algorithm.train()
             taken = int(result["env_runners"]["num_env_steps_sampled_lifetime"])
         weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
-        return [module.pi_encoder, module.pi] if family == "sac" else [module.pi], weights, taken
+        return actor_of(family, module, config.hidden).state_dict(), weights, taken
     finally:
         algorithm.stop()
+
+
+def actor_of(family: str, module: Any, hidden: Sequence[int]) -> Actor:
+    """The deterministic policy of a trained module."""
+    parts = [module.pi_encoder, module.pi] if family == "sac" else [module.pi]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear)]
+    # RLlib's heads hold the deviations behind the means.
+    actor = Actor(family, layers[0].in_features, hidden, int(np.prod(module.action_space.shape)))
+    actor.take(layers)
+    return actor
+
+
+def build_agent(family: str, env: str, env_config: dict[str, Any], config: Any, seed: int) -> Any:
+    """The algorithm that trains an agent of a family, by the settings of a MarketRLConfig."""
+    if family == "sac":
+        return _sac(env, env_config, config, seed)
+    return _ppo(family, env, env_config, config, seed)
 
 
 def _ppo(family: str, env: str, env_config: dict[str, Any], config: Any, seed: int) -> Any:
@@ -197,37 +210,34 @@ def _sac(env: str, env_config: dict[str, Any], config: Any, seed: int) -> Any:
     return made.build_algo()
 
 
-def play(env: MarketEnv, act: Callable[[Tensor], Tensor], account: Any = None) -> dict[str, Any]:
-    """One pass over the range of `env` (made with `training=False`) from `account`, or from the start that the settings give.
+def play(
+    env: MarketEnv, act: Callable[[Tensor], Tensor], account: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """One pass of B accounts side by side over the range of `env` (made with `training=False`), from `account`, or from the start that
+    the settings give.
 
-    Returns value [T], weights [T, N + 1] after each bar (cash first), paid and traded in currency, and the account at the end.
+    Returns value [T, B], weights [T, B, N + 1] after each bar (cash first), paid and traded [B] in currency, and the accounts at the end.
     """
-    if account is None:
-        obs, _ = env.reset(seed=0)
-    else:
-        obs = env.carry_on(account)
-
-    def weights() -> Tensor:
-        return env.weights(env.state)[0].clone()
-
-    before = {name: float(env.state[name][0]) for name in ("paid", "traded")}
-    values, held = [float(env.state["value"][0])], [weights()]
+    obs = env.reset(seed=0)[0] if account is None else env.carry_on(account)
+    begun, values, held = env.account(), [env.state["value"].clone()], [env.weights(env.state).clone()]
+    # A ruined account is out of the market for good.
+    ruined = env.state["value"] <= env.ruin * env.first_value
     with torch.no_grad():
         for _ in range(env.T - 1):
-            state, _, terminated = env.transition(env.state, act(obs))
-            env.state = state
-            obs = env.observe(state)
-            values.append(float(state["value"][0]))
-            held.append(weights())
-            if bool(terminated[0]):
-                # A ruined account is out of the market for good.
-                missing = env.T - len(values)
-                values += [values[-1]] * missing
-                held += [held[-1]] * missing
-                break
+            before = env.account()
+            env.state, _, terminated = env.transition(env.state, act(obs))
+            weights = env.weights(env.state)
+            if bool(ruined.any()):
+                for name, value in before.items():
+                    env.state[name][ruined] = value[ruined]
+                weights = torch.where(ruined[:, None], held[-1], weights)
+            ruined = ruined | terminated
+            obs = env.observe(env.state)
+            values.append(env.state["value"].clone())
+            held.append(weights.clone())
     return {
-        "value": np.asarray(values),
+        "value": torch.stack(values).numpy(),
         "weights": torch.stack(held).numpy(),
-        **{name: float(env.state[name][0]) - before[name] for name in before},
+        **{name: env.state[name] - begun[name] for name in ("paid", "traded")},
         "account": env.account(),
     }

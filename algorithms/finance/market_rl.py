@@ -9,17 +9,22 @@ The rolling ensemble of FinRL-Meta (Liu et al., NeurIPS 2021 workshop, arXiv 211
     4. the best of them
     5. trades the next block from the account that the last block left, and the choice is logged
 
+With `workers`, the agents of a window are trained as Ray tasks, and without warm starts, where windows do not depend on each other,
+those of the next windows beside them.
+
 Families: `ppo`; `a2c`, which is PPO with one epoch, one minibatch, no clipping and lambda = 1; `sac`, RLlib's own on the NumPy
 view of the environment.  All scales, thresholds and choices come from bars before the block that is traded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import tune
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -28,7 +33,6 @@ from torch import Tensor
 from mobula import registry
 from mobula.algorithms.finance.agents import (
     FAMILIES,
-    Actor,
     MarketRLLearner,
     MarketRLModule,
     play,
@@ -40,6 +44,7 @@ from mobula.envs.finance.market_env import MarketEnv
 from mobula.envs.finance.walkforward import Window, windows
 from mobula.errors import ConfigError
 from mobula.method import Method, MethodConfig, hyperparameter
+from mobula.metrics import gather
 from mobula.sampling.tensor_env import TensorEnv
 
 # What is chosen, as functions -------------------------------------------------------------------------------------
@@ -136,6 +141,13 @@ class MarketRLConfig(MethodConfig):
         choices=["quantile", "adaptive"],
     )
 
+    workers = hyperparameter(
+        0,
+        None,
+        "Ray tasks that train agents side by side, of the next windows too unless they start warm",
+        low=0,
+    )
+
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class)
         self.environment(env_config={"start": "2012-01-01", "end": "2023-01-01"})
@@ -207,6 +219,8 @@ class MarketRL(Method, config=MarketRLConfig):
         self.costs = {name: 0.0 for name in self.accounts}
         self.log: list[dict[str, Any]] = []
         self.warm: dict[str, Any] = {}
+        # Agents of windows that are still to be traded, where tasks trained them beside those of an earlier one.
+        self.ready: dict[int, list[Any]] = {}
 
     # One window ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +228,7 @@ class MarketRL(Method, config=MarketRLConfig):
         if self.roll < len(self.windows):
             window = self.windows[self.roll]
             limit = self.threshold_at(window)
-            steps = self.train_agents(window, limit)
+            steps = self.train_agents()
             scores = self.validate_agents(window, limit)
             choice = best(scores)
             families = self.config.algo_families
@@ -272,66 +286,88 @@ class MarketRL(Method, config=MarketRLConfig):
     def _instants(self, window: Window) -> Tensor:
         return torch.tensor([int(self._edge(index).astype("int64")) for index in window.train])
 
-    def train_agents(self, window: Window, limit: float) -> int:
-        """Trains every agent on the training range and puts their means into the module; returns the steps taken."""
+    def train_agents(self) -> int:
+        """Trains every agent of this window on its training range and puts them into the module; returns the steps taken."""
         c, taken = self.config, 0
-        length = window.train[1] - window.train[0]
-        settings = self.settings(window.train, window, limit, training=True)
-        settings["episode_length"] = min(int(settings.get("episode_length", 252)), length - 1)
-        state = {}
-        for f, family in enumerate(c.algo_families):
-            for k in range(c.n_seeds):
-                word = np.random.SeedSequence([self.seed, self.roll, f, k]).generate_state(1)[0]
-                warm = self.warm.get(f"{family}.{k}") if c.warm_start else None
-                made, weights, steps = train_agent(family, str(c.env), settings, c, int(word) >> 1, warm)
-                actor: Any = self.rl_module.actors[family][k]  # type: ignore[union-attr, index]
-                copied = Actor(family, actor.net[0].in_features, c.hidden, actor.net[-1].out_features)
-                copied.take(made, actor.net[-1].out_features)
-                for name, value in copied.state_dict().items():
-                    state[f"actors.{family}.{k}.{name}"] = value
-                if c.warm_start:
-                    self.warm[f"{family}.{k}"] = weights
-                taken += steps
+        agents = [(family, k) for family in c.algo_families for k in range(c.n_seeds)]
+        if self.roll not in self.ready:
+            windows = 1 if c.warm_start else max(1, math.ceil(c.workers / len(agents)))
+            rolls = range(self.roll, min(self.roll + windows, len(self.windows)))
+            jobs = [self._job(roll, family, k) for roll in rolls for family, k in agents]
+            if c.workers:
+                task = ray.remote(num_cpus=1)(train_agent)
+                found = gather((task.remote(*job) for job in jobs), "agents", limit=c.workers)
+            else:
+                found = [train_agent(*job) for job in jobs]
+            for i, roll in enumerate(rolls):
+                self.ready[roll] = found[i * len(agents) : (i + 1) * len(agents)]
+        state: dict[str, Any] = {}
+        for (family, k), (actor, weights, steps) in zip(agents, self.ready.pop(self.roll), strict=True):
+            state |= {f"actors.{family}.{k}.{name}": value for name, value in actor.items()}
+            if c.warm_start:
+                self.warm[f"{family}.{k}"] = weights
+            taken += steps
         self.learn(state, report=False)
         return taken
 
+    def _job(self, roll: int, family: str, k: int) -> tuple[Any, ...]:
+        """Arguments of `train_agent` for the k-th agent of a family in a window."""
+        c, window = self.config, self.windows[roll]
+        settings = self.settings(window.train, window, self.threshold_at(window), training=True)
+        length = window.train[1] - window.train[0]
+        settings["episode_length"] = min(int(settings.get("episode_length", 252)), length - 1)
+        path = [self.seed, roll, c.algo_families.index(family), k]
+        word = int(np.random.SeedSequence(path).generate_state(1)[0]) >> 1
+        return family, str(c.env), settings, c, word, self.warm.get(f"{family}.{k}")
+
     def validate_agents(self, window: Window, limit: float) -> dict[str, float]:
-        """Sharpe ratio of every family on the validation bars, from a fresh account."""
+        """Sharpe ratio of every family on the validation bars, from fresh accounts."""
+        families = self.config.algo_families
         # The first decision falls on the last bar before them.
         bars = (window.validation[0] - 1, window.validation[1])
-        env = self._world(bars, window, limit)
-        scores = {}
-        for family in self.config.algo_families:
-            value = play(env, self._agent(family))["value"]
-            scores[family] = metrics.sharpe(value[1:] / value[:-1] - 1)
-        return scores
+        value = play(self._world(bars, window, limit, len(families)), self._acts(families))["value"]
+        returns = value[1:] / value[:-1] - 1
+        return {family: metrics.sharpe(returns[:, b]) for b, family in enumerate(families)}
 
     def trade(self, window: Window, limit: float, choice: str) -> None:
         """The chosen family trades the block, and beside it every family and random actions, each in its own account."""
-        env = self._world((window.trade[0] - 1, window.trade[1]), window, limit)
-        g = torch.Generator().manual_seed(self.seed + 1_000_003 * self.roll)
+        env = self._world((window.trade[0] - 1, window.trade[1]), window, limit, len(self.accounts))
+        seed = self.seed + 1_000_003 * self.roll
+        acts = self._acts([choice if name == "ensemble" else name for name in self.accounts], seed)
+        found = play(env, acts, self.held or None)
+        self.held = found["account"]
+        for b, name in enumerate(self.accounts):
+            self.paths[name].extend(found["value"][bool(self.paths[name]) :, b].tolist())
+            self.costs[name] += float(found["paid"][b])
+        ensemble = self.accounts.index("ensemble")
+        self.weights.extend(found["weights"][bool(self.weights) :, ensemble])
 
-        def random(obs: Tensor) -> Tensor:
-            return 2 * torch.rand(1, *env.single_action_space.shape, generator=g) - 1  # type: ignore[misc]
-
-        for name in self.accounts:
-            act = random if name == "random" else self._agent(choice if name == "ensemble" else name)
-            found = play(env, act, self.held.get(name))
-            path = self.paths[name]
-            path.extend(found["value"][1:] if path else found["value"])
-            self.costs[name] += found["paid"]
-            self.held[name] = found["account"]
-            if name == "ensemble":
-                self.weights.extend(found["weights"][1:] if self.weights else found["weights"])
-
-    def _world(self, bars: tuple[int, int], window: Window, limit: float) -> Any:
+    def _world(self, bars: tuple[int, int], window: Window, limit: float, accounts: int = 1) -> Any:
         return registry.make_env(
-            str(self.config.env), 1, **self.settings(bars, window, limit, training=False)
+            str(self.config.env), accounts, **self.settings(bars, window, limit, training=False)
         )
 
-    def _agent(self, family: str) -> Callable[[Tensor], Tensor]:
+    def _acts(self, names: Sequence[str], seed: int = 0) -> Callable[[Tensor], Tensor]:
+        """Actions [B, A] for observations of B accounts, each of a family or, where it is named so, random."""
         module: Any = self.rl_module
-        return lambda obs: module.act_as(family, obs)
+        g = torch.Generator().manual_seed(seed)
+        shape = self.span.single_action_space.shape
+        rows: dict[str, list[int]] = {}
+        for b, name in enumerate(names):
+            rows.setdefault(name, []).append(b)
+
+        def act(obs: Tensor) -> Tensor:
+            out = torch.empty(len(names), *shape)
+            for name, at in rows.items():
+                random = name == "random"
+                out[at] = (
+                    2 * torch.rand(len(at), *shape, generator=g) - 1
+                    if random
+                    else module.act_as(name, obs[at])
+                )
+            return out
+
+        return act
 
     def entry(self, window: Window, limit: float, scores: dict[str, float], choice: str) -> dict[str, Any]:
         """A line of the selection log."""
@@ -424,7 +460,7 @@ class MarketRL(Method, config=MarketRLConfig):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    KEPT = ("roll", "held", "paths", "weights", "costs", "log", "warm", "seed")
+    KEPT = ("roll", "held", "paths", "weights", "costs", "log", "warm", "ready", "seed")
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.KEPT}

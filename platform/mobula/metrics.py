@@ -12,12 +12,12 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -313,20 +313,29 @@ def _keep_publishing(reference: Callable[[], Meter | None], closed: threading.Ev
             return
 
 
-def gather(calls: Sequence[Any], group: str) -> list[Any]:
-    """`ray.get(calls)`, each call a shard of `group`; within an iteration, publishes how many work and how long each takes."""
-    meter = _ACTIVE.get()
-    if meter is not None:
-        started = time.perf_counter()
-        seconds = dict.fromkeys(calls, 0.0)
-        pending = list(calls)
-        while pending:
+def gather(calls: Iterable[Any], group: str, limit: int | None = None) -> list[Any]:
+    """The answers of Ray calls in their order, each call a shard of `group`; within an iteration, publishes how many work and how long
+    each takes.
+
+    limit  calls at one time: a generator of calls makes the next one when fewer are on
+    """
+    meter, source = _ACTIVE.get(), iter(calls)
+    begun: dict[Any, float] = {}
+    seconds: dict[Any, float] = {}
+    pending: list[Any] = []
+    while True:
+        for call in islice(source, None if limit is None else limit - len(pending)):
+            begun[call] = time.perf_counter()
+            pending.append(call)
+        if meter is not None:
             meter.waiting(group, len(pending))
-            answered, pending = ray.wait(pending, num_returns=1, fetch_local=False)
-            seconds |= dict.fromkeys(answered, time.perf_counter() - started)
-        meter.waiting(group, 0)
-        meter.gathered(group, list(seconds.values()))
-    answers: list[Any] = ray.get(list(calls))
+        if not pending:
+            break
+        answered, pending = ray.wait(pending, num_returns=1, fetch_local=False)
+        seconds |= {call: time.perf_counter() - begun[call] for call in answered}
+    if meter is not None:
+        meter.gathered(group, [seconds[call] for call in begun])
+    answers: list[Any] = ray.get(list(begun))
     return answers
 
 

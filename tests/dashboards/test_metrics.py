@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,6 +265,41 @@ def test_shards_are_gathered_in_their_order(
     assert {("people", str(i)) for i in range(3)} <= set(seconds)
     assert seconds["people", "0"] >= 0.2 > seconds["people", "1"]
     assert not any(group in ("alone", "after") for group, _ in published["mobula_shards"])
+
+
+def test_calls_are_made_as_others_end(ray_session: None) -> None:
+    """With a limit, no more calls are on at one time; answers stay in the order of the calls."""
+
+    @ray.remote(num_cpus=0)
+    class Counter:
+        def __init__(self) -> None:
+            self.on = self.most = 0
+
+        def add(self, by: int) -> int:
+            self.on += by
+            self.most = max(self.most, self.on)
+            return self.most
+
+    counter: Any = Counter.remote()
+
+    @ray.remote(num_cpus=0.1)
+    def shard(index: int) -> int:
+        ray.get(counter.add.remote(1))
+        time.sleep(0.05)
+        ray.get(counter.add.remote(-1))
+        return index
+
+    made = []
+
+    def calls() -> Iterator[Any]:
+        for index in range(5):
+            made.append(index)
+            yield shard.remote(index)
+
+    assert gather(calls(), "few", limit=2) == [0, 1, 2, 3, 4]
+    assert made == [0, 1, 2, 3, 4]
+    assert 1 <= ray.get(counter.add.remote(0)) <= 2
+    assert gather(iter(()), "none", limit=2) == []
 
 
 def test_rllibs_own_algorithms_are_watched_once_beside_other_callbacks() -> None:
