@@ -96,6 +96,38 @@ def test_value_changes_by_what_is_held_and_what_is_paid(fill: str, frictions: di
     assert float(new["paid"].min()) > 0
 
 
+@pytest.mark.parametrize("frictions", [{"half_spread_bps": [3.0, 0.0, 8.0, 1.0]}, FRICTIONS])
+def test_costs_are_those_of_every_trade_by_itself(frictions: dict[str, Any]) -> None:
+    """Shares that changed hands, priced trade by trade: spread, commission by direction, fee a share, smallest fee."""
+    settings = {"buy_cost_bps": [5.0, 10.0, 30.0, 0.0], "sell_cost_bps": [25.0, 0.0, 1.0, 0.0]} | frictions
+    m = walk()
+    env = StockTrading(
+        32, market=m, cash=2e4, episode_length=30, min_rate=0.0, max_shares=40, **ALL, **settings
+    )
+    env.reset(seed=1)
+    g = torch.Generator().manual_seed(0)
+    spread = torch.tensor(settings["half_spread_bps"], dtype=torch.float64).expand(4) / 1e4
+    buy = torch.tensor([5.0, 10.0, 30.0, 0.0]).double() / 1e4
+    sell = torch.tensor([25.0, 0.0, 1.0, 0.0]).double() / 1e4
+    smallest, seen = frictions.get("min_fee", 0.0), [0, 0]
+    for _ in range(29):
+        old = env.state
+        env.step(2 * torch.rand(32, 4, generator=g) - 1)
+        new = env.state
+        assert m.open is not None
+        price, net = m.open[new["t"]], new["shares"] - old["shares"]
+        rate = torch.where(net > 0, buy, sell)
+        fee = net.abs() * (price * rate + frictions.get("per_share_fee", 0.0))
+        small = (fee < smallest) & (net != 0)
+        seen = [seen[0] + int(small.sum()), seen[1] + int((~small & (net != 0)).sum())]
+        fee = torch.where(net != 0, fee.clamp_min(smallest), 0.0)
+        paid = (fee + net.abs() * price * spread).sum(-1)
+        torch.testing.assert_close(new["paid"] - old["paid"], paid, rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(new["traded"] - old["traded"], (net.abs() * price).sum(-1))
+    # Both sides of the smallest fee have been met.
+    assert seen[1] > 100 and (seen[0] > 100 or not smallest)
+
+
 @pytest.mark.parametrize(
     "options",
     [

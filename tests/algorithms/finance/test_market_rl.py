@@ -423,6 +423,6 @@ def test_the_last_window_s_agent_is_served(ray_session: None, tmp_path: Path) ->
 def test_the_experiment_is_whole() -> None:
     made = market_rl_experiment.experiment()
     names = {arm for arm in made.arms}
-    assert names == {"ppo", "market_rl", "without_learning"}
+    assert names == {"ppo", "ppo_execution", "market_rl", "without_learning"}
     for claim in made.claims:
         assert set(claim.tasks) <= set(made.tasks)
