@@ -398,7 +398,7 @@ def experiment() -> Experiment:
     ppo.training(lr=9e-4, gamma=0.99, lambda_=0.95, rollout_length=32, num_epochs=4, minibatch_size=2048)
     ppo.env_runners(num_envs_per_env_runner=512)
     # A finite horizon without discount.
-    seller = ppo.copy(copy_frozen=False).training(gamma=1.0, initial_log_std=-1.0, normalize_rewards=True)
+    seller = ppo.copy(copy_frozen=False).training(gamma=1.0, initial_log_std=-1.0)
     ensemble = MarketRLConfig().training(algo_families=["ppo", "a2c", "sac"], steps=20_000, sac_steps=4000)
     span = {"universe": "us5", "start": "2015-01-01", "end": "2023-01-01"}
     return Experiment(

@@ -40,7 +40,7 @@ def run(
     games = [tabular.make_game(name, seed) for seed in seeds]
     game = tabular.stack(games)
     knobs = config.knobs()
-    for unused in ("game", "instance", "mixture", "report_every"):
+    for unused in ("game", "instance", "mixture", "report_every", "workers"):
         knobs.pop(unused)
     m = knobs["episodes_per_iteration"]
     iterations = K // m
@@ -136,7 +136,7 @@ def experiment() -> Experiment:
             Claim(
                 f"1. regret grows like sqrt(K) in {setting}: regret at 4,000 over that at 1,000 (linear: 4)",
                 growth("regret", "fp", short, long),
-                within(0, 3.2),
+                within(0, 2.6),
                 (long,),
             ),
             Claim(
@@ -203,7 +203,10 @@ def experiment() -> Experiment:
             "uniform": arm(eta_mult=0.0, gamma_mult=0.0),
         },
         tasks=tasks,
-        smoke={"I_1000": {"seeds": 2, "env_config": {"game": "random_factored", "episodes": 150}}},
+        smoke={
+            "I_1000": {"seeds": 2, "env_config": {"game": "random_factored", "episodes": 150}},
+            "II_1000": {"seeds": 2, "env_config": {"game": "random_single_controller", "episodes": 150}},
+        },
         claims=claims,
         figure=learning_curves(
             "Reg_1 + Reg_2",
@@ -218,7 +221,10 @@ def experiment() -> Experiment:
             arms=("fp", "no_bonus", "no_reach", "theory_bonus", "uniform", "nash_vi", "ind_q", "networks"),
         ),
         notes=(
-            "The specification states claim 1 as a ratio of at most 2.6 with an interval below 3.2; the criterion is the latter, the"
-            " ratio is the value. Claim 6 states no order: ablations are expected within a tenth."
+            "The specification states claim 1 as a ratio of at most 2.6 with an interval below 3.2; here the whole interval must lie below"
+            " 2.6. Claim 6 states no order: ablations are expected within a tenth, as the specification's prototype found. In setting I that"
+            " fails for the reach weights. A step a third as long, which is what constant weights are where one state of three is reached,"
+            " is not all of it: with three times the step (eta_mult 12) the regret at 1,000 episodes over six games is 352 without weights,"
+            " 377 at the default step, and 227 with weights."
         ),
     )

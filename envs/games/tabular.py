@@ -6,7 +6,9 @@ of rewards in [0, 1] over H steps from a fixed start.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +40,9 @@ Game = FactoredGame | SingleControllerGame
 
 def checked(game: Game) -> Game:
     """The game.  Raises DataError naming the field and index of a row that sums to another number than 1, or a reward
-    outside [0, 1].
+    outside [0, 1]; or shapes and starts that do not fit together.
     """
+    _fits(game)
     for name, table in game._asdict().items():
         if name == "start":
             continue
@@ -55,6 +58,35 @@ def checked(game: Game) -> Game:
             index = tuple(bad.nonzero()[0].tolist())
             raise DataError(f"{name}[{', '.join(map(str, index))}] {what}: {float(shown[index]):.6g}")
     return game
+
+
+def _fits(game: Game) -> None:
+    """Raises DataError where the tables of one game (leading axes aside) have shapes that contradict each other."""
+    factored = isinstance(game, FactoredGame)
+    tables = {"P1": game.P1, "P2": game.P2} if isinstance(game, FactoredGame) else {"P": game.P}
+    axes: dict[str, tuple[str, ...]] = {"P": ("H", "S", "A", "S"), "r": ("H", "S", "A", "B")}
+    if factored:
+        axes = {
+            "P1": ("H", "S1", "A", "S1"),
+            "P2": ("H", "S2", "B", "S2"),
+            "r": ("H", "S1", "S2", "A", "B"),
+        }
+    known: dict[str, int] = {}
+    for name, table in {**tables, "r": game.r}.items():
+        shape = tuple(table.shape[-len(axes[name]) :])
+        if len(shape) != len(axes[name]):
+            raise DataError(
+                f"{name} has {len(shape)} axes; [{', '.join(axes[name])}] is needed, got shape {shape}"
+            )
+        for axis, size in zip(axes[name], shape, strict=True):
+            if known.setdefault(axis, size) != size or size < 1:
+                raise DataError(
+                    f"{name} has shape {shape}: [{', '.join(axes[name])}] is needed, with {axis} = {known[axis]} as elsewhere"
+                )
+    starts = game.start if isinstance(game.start, tuple) else (game.start,)
+    for start, axis in zip(starts, ("S1", "S2") if factored else ("S",), strict=True):
+        if not 0 <= start < known[axis]:
+            raise DataError(f"start is {game.start}: a state from 0 to {known[axis] - 1} is needed")
 
 
 def stack(games: Sequence[Game]) -> Game:
@@ -108,8 +140,40 @@ GENERATORS: dict[str, Callable[[int], Game]] = {
 }
 
 
+def load_game(file: str | Path) -> Game:
+    """The game in a NumPy archive (`numpy.savez`): arrays P1, P2, r (factored) or P, r (single controller), and `start` where it is
+    not 0.
+
+    Raises DataError where the file is none, or holds no such game; nothing in it is unpickled.
+    """
+    file = Path(file)
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file} is no archive of NumPy arrays: {str(error).splitlines()[0]}") from error
+    kind = FactoredGame if "P1" in arrays or "P2" in arrays else SingleControllerGame
+    wanted = ("P1", "P2", "r") if kind is FactoredGame else ("P", "r")
+    if set(arrays) - {"start"} != set(wanted):
+        raise DataError(
+            f"{file} holds {', '.join(sorted(arrays)) or 'nothing'}; P1, P2, r or P, r are needed (and start)"
+        )
+    for name, array in arrays.items():
+        if array.dtype.kind not in ("iu" if name == "start" else "fiu"):
+            raise DataError(f"{file}: {name} holds {array.dtype}; numbers are needed")
+    start = np.ravel(arrays.pop("start", np.zeros(len(wanted) - 1, dtype=np.int64))).tolist()
+    if len(start) != len(wanted) - 1:
+        raise DataError(f"{file}: start has {len(start)} numbers; {len(wanted) - 1} are needed")
+    tables = {name: torch.tensor(arrays[name], dtype=torch.float64) for name in wanted}
+    if kind is FactoredGame:
+        return checked(FactoredGame(**tables, start=(start[0], start[1])))
+    return checked(SingleControllerGame(**tables, start=start[0]))
+
+
 def make_game(name: str, seed: int) -> Game:
-    """The game of that name, drawn from `seed`.  Raises ConfigError for another name."""
+    """The game of that name, drawn from `seed`, or that of a file.  Raises ConfigError for another name."""
+    if str(name).endswith(".npz"):
+        return load_game(name)
     if name not in GENERATORS:
-        raise ConfigError(f"game is {name!r}; it is one of {', '.join(GENERATORS)}")
+        raise ConfigError(f"game is {name!r}; it is one of {', '.join(GENERATORS)}, or a file FILE.npz")
     return checked(GENERATORS[name](seed))

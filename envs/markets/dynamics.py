@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobula.envs.markets.assignment import Path, ShortestPaths, as_paths
+from mobula.envs.markets.assignment import Path
 from mobula.envs.markets.networks import Network
 from mobula.errors import DataError, TrainingFault
 
@@ -116,13 +116,6 @@ class Paths:
     def listed(self) -> list[tuple[int, Path]]:
         """(pair, links) of every path, in order."""
         return list(zip(self._od, self._links, strict=True))
-
-    def by_pair(self) -> list[list[Path]]:
-        """The paths of each OD pair."""
-        found: list[list[Path]] = [[] for _ in range(self.network.num_ods)]
-        for w, path in self.listed():
-            found[w].append(path)
-        return found
 
     def flat(self) -> PathSet:
         """The tensors of the present set.  Raises DataError where an OD pair has no path."""
@@ -415,13 +408,3 @@ def grown(paths: Paths, logits: Tensor, before: PathSet, flow: float, demand: Te
     share = (flow / demand).clamp_max(0.01)
     fresh = (share * total).log()[:, after.od[before.size :]]
     return torch.cat([logits, fresh], dim=1)
-
-
-def shortest(router: ShortestPaths, costs: Tensor) -> tuple[Tensor, list[list[tuple[int, Path]]]]:
-    """(pi [B, W'] , per element the shortest path of every pair of the router) at link costs [B, A]."""
-    pi, found = [], []
-    for row in costs.detach().numpy():
-        distance, links = router(row)
-        pi.append(distance)
-        found.append(list(zip(router.ods.tolist(), as_paths(links), strict=True)))
-    return torch.from_numpy(np.stack(pi)), found

@@ -289,6 +289,20 @@ def test_the_safe_rate_of_braess() -> None:
     torch.testing.assert_close(u.paths.shares(u.step(logits, torch.ones(1, 1))), u.paths.shares(logits))
 
 
+def test_the_automatic_rate() -> None:
+    """0.5 over the 95 % quantile over pairs of q_w max_k sum of t': pair by pair, path by path."""
+    n, u = users(batch=2)
+    logits = torch.zeros(2, u.paths.size, dtype=torch.float64)
+    x = u.flows(logits).numpy()
+    for b, rate in enumerate(dynamics.auto_rate(u, logits).tolist()):
+        slope = assignment.travel_time_slope(n, x[b], u.capacity_add[b].numpy())
+        steep = np.zeros(n.num_ods)
+        for k, w in enumerate(u.paths.od.tolist()):
+            links = u.paths.link_rows[u.paths.path_rows == k].numpy()
+            steep[w] = max(steep[w], float(slope[links].sum()))
+        assert rate == pytest.approx(0.5 / float(np.quantile(n.demand * steep, 0.95)))
+
+
 def test_the_dynamic_settles_at_the_reference_equilibrium() -> None:
     n, u = users(batch=2)
     r = torch.full((2, 1), 0.03, dtype=torch.float64)
@@ -297,6 +311,11 @@ def test_the_dynamic_settles_at_the_reference_equilibrium() -> None:
     )
     assert bool((u.gap(logits) < 1e-7).all())
     assert len(trail) * 10 == int(steps.max())
+    # Who is there stands still while others walk on.
+    mixed = torch.stack([logits[0], torch.zeros_like(logits[1])])
+    again, steps, _ = settle(u, mixed, r, gap=1e-7)
+    assert int(steps[0]) == 0 < int(steps[1])
+    torch.testing.assert_close(u.paths.shares(again)[0], u.paths.shares(logits)[0], rtol=1e-12, atol=0)
     for b in range(2):
         wanted = equilibrium(n, toll=u.toll[b].numpy(), capacity_add=u.capacity_add[b].numpy(), gap=1e-9)
         np.testing.assert_allclose(u.flows(logits)[b].numpy(), wanted.x, atol=0.05)
@@ -342,6 +361,18 @@ def test_new_paths_enter_with_little_flow() -> None:
     flows = demand[:, paths.flat().od] * paths.flat().shares(grown)
     assert float(flows[0, -1]) == pytest.approx(1e-6, rel=1e-5)
     assert float(flows.sum()) == pytest.approx(100)
+    centred = dynamics.centred(paths.flat(), grown + 5.0 * paths.flat().od)
+    assert float(dynamics.Paths(n, as_one(n)).flat().least(-centred[:, :4]).abs().max()) == 0
+    torch.testing.assert_close(paths.flat().shares(centred), paths.flat().shares(grown))
+    # Beside several paths too, and at most a hundredth of a small demand.
+    before = paths.flat()
+    assert paths.add(0, (1, 8, 10)) and paths.add(1, (1, 8, 11))
+    logits = torch.zeros(2, before.size, dtype=torch.float64)
+    demand = torch.stack([demand[0], torch.tensor([10.0, 1e-5, 30.0, 40.0]).double()])
+    grown = dynamics.grown(paths, logits, before, 1e-6, demand)
+    flows = demand[:, paths.flat().od] * paths.flat().shares(grown)
+    np.testing.assert_allclose(flows[:, -2], 1e-6, rtol=1e-5)
+    np.testing.assert_allclose(flows[:, -1], [1e-6, 1e-5 * 0.01 / 1.01], rtol=1e-5)
 
 
 def as_one(n: networks.Network) -> list[list[assignment.Path]]:

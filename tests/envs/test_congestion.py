@@ -50,6 +50,14 @@ def test_nothing_set_nothing_gained() -> None:
     assert float(reward) == pytest.approx((33.182950 - 28.919781) / 33.182950, abs=1e-3)
 
 
+def test_demands_are_drawn_on_both_sides() -> None:
+    env = CongestionGame(500, spread=0.2)
+    env.reset(seed=0)
+    factor = env.state["factor"]
+    # 500 draws from U[0.8, 1.2]: none within 0.02 of an end has probability 0.95 ** 500.
+    assert 0.8 <= float(factor.min()) < 0.82 and 1.18 < float(factor.max()) <= 1.2
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="days >= 1"):
         CongestionGame(days=0)

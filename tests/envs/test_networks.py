@@ -50,6 +50,12 @@ def test_tntp_is_read() -> None:
     assert n.demand.tolist() == [7.5]
 
 
+def test_constant_times_may_have_the_power_0() -> None:
+    text = NET.format(links=2, fft="4", capacity="20").replace("4 0.15 4", "4 0 0", 1)
+    n = parse_tntp(text, TRIPS.format(demand="1"))
+    assert (n.b[0], n.power[0]) == (0, 1) and n.power[1] == 4
+
+
 def test_damaged_files_are_named() -> None:
     with pytest.raises(DataError, match="2 links where <NUMBER OF LINKS> says 3"):
         parse(links=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,13 @@ def value_by_paths(game: tabular.Game, mu: Tensor, nu: Tensor) -> float:
     return total
 
 
-GAMES = [tabular.random_factored(1), tabular.random_single_controller(1), tabular.patrol()]
+GAMES = [
+    tabular.random_factored(1),
+    tabular.random_factored(1, S1=2, S2=3, A=3, B=2)._replace(start=(1, 2)),
+    tabular.random_single_controller(1),
+    tabular.random_single_controller(1, S=3, A=2, B=4)._replace(start=2),
+    tabular.patrol(),
+]
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -65,8 +72,9 @@ def test_values_are_sums_over_paths(game: tabular.Game) -> None:
 @pytest.mark.parametrize(
     "game",
     [
-        tabular.random_factored(2, S1=2, S2=2, A=2, B=2, H=2),
-        tabular.random_single_controller(2, S=2, A=2, B=2, H=2),
+        tabular.random_factored(2, S1=2, S2=2, A=2, B=2, H=2)._replace(start=(1, 0)),
+        tabular.random_factored(2, S1=2, S2=2, A=2, B=2, H=2)._replace(start=(0, 1)),
+        tabular.random_single_controller(2, S=2, A=2, B=2, H=2)._replace(start=1),
     ],
 )
 def test_best_replies_are_the_best_of_all_deterministic_policies(game: tabular.Game) -> None:
@@ -85,8 +93,9 @@ def test_best_replies_are_the_best_of_all_deterministic_policies(game: tabular.G
 @pytest.mark.parametrize(
     "game",
     [
-        tabular.random_factored(3, S1=2, S2=2, A=2, B=2, H=2),
-        tabular.random_single_controller(3, S=2, A=2, B=2, H=2),
+        tabular.random_factored(3, S1=2, S2=2, A=2, B=2, H=2)._replace(start=(1, 0)),
+        tabular.random_factored(3, S1=2, S2=2, A=2, B=2, H=2)._replace(start=(0, 1)),
+        tabular.random_single_controller(3, S=2, A=2, B=2, H=2)._replace(start=1),
     ],
 )
 def test_the_linear_program_solves_the_normal_form(game: tabular.Game) -> None:
@@ -144,6 +153,39 @@ def test_bad_games_are_named() -> None:
         tabular.checked(SingleControllerGame(game.P, r))
     with pytest.raises(ConfigError, match="it is one of random_factored"):
         tabular.make_game("chess", 0)
+    with pytest.raises(DataError, match="start is 4: a state from 0 to 3"):
+        tabular.checked(game._replace(start=4))
+    with pytest.raises(DataError, match=r"r has shape \(3, 3, 3, 3\): .* with S = 4 as elsewhere"):
+        tabular.checked(SingleControllerGame(game.P, game.r[:, :3]))
+
+
+@pytest.mark.parametrize("game", GAMES[1:4:2])
+def test_games_in_files(tmp_path: Path, game: tabular.Game) -> None:
+    fields = {name: np.asarray(value) for name, value in game._asdict().items()}
+    np.savez(tmp_path / "game.npz", **fields)
+    again = tabular.make_game(str(tmp_path / "game.npz"), 0)
+    assert type(again) is type(game) and again.start == game.start
+    for a, b in zip(again[:-1], game[:-1], strict=True):
+        assert torch.equal(a, b)
+    last = next(iter(fields))
+    for change, says in (
+        ({last: None}, "P, r are needed"),
+        ({"Q": np.zeros(2)}, "are needed"),
+        ({last: np.zeros((2, 2))}, rf"{last} has 2 axes"),
+        ({"r": 1j * fields["r"]}, "r holds complex128; numbers"),
+        ({"r": 2 + fields["r"]}, "outside"),
+        ({"start": np.zeros(3, dtype=int)}, "start has 3 numbers"),
+        ({"start": np.array("x")}, "start holds <U1"),
+        ({"r": np.array([None])}, "no archive of NumPy arrays"),
+    ):
+        kept = {name: value for name, value in {**fields, **change}.items() if value is not None}
+        np.savez(tmp_path / "bad.npz", **kept)
+        with pytest.raises(DataError, match=says):
+            tabular.load_game(tmp_path / "bad.npz")
+    (tmp_path / "bad.npz").write_bytes(b"PK no zip")
+    for name in ("bad.npz", "none.npz"):
+        with pytest.raises(DataError, match="no archive of NumPy arrays"):
+            tabular.load_game(tmp_path / name)
 
 
 @pytest.mark.parametrize("game", GAMES)

@@ -139,11 +139,11 @@ def anticipate(
     )
 
 
-def generates(n: int, schedule: str, kind: str) -> bool:
+def generates(n: int, schedule: str, kind: str, algorithm: str) -> bool:
     """Whether iteration n (from 0) adds shortest paths (step 4)."""
     if schedule != "release":
         return schedule == "every"
-    late = 50 if kind == "capacity" else 25
+    late = 50 if kind == "capacity" and algorithm == "silmd" else 25
     return n < 10 or (n % 5 == 0 if n < 50 else n % late == 0)
 
 

@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, create_model
 
-from mobula.algorithms.markets.stackelberg_congestion.module import answer_request, design_report
+from mobula.algorithms.markets.stackelberg_congestion.module import WORDS, answer_request, design_report
 from mobula.serving.services import Settlement
-
-WORDS = {"toll": "tolls", "capacity": "capacity_add"}
 
 
 def _reports(links: list[str], word: str, example: dict[str, float]) -> Any:
@@ -47,11 +45,13 @@ class CongestionMechanism:
         self.policy = policy
         problem = policy.module.problem()
         self.word, self.links = WORDS[problem.kind], problem.link_names
-        self.trained: dict[str, float] = design_report(policy)[self.word]
+        self.report = design_report(policy)
+        self.trained: dict[str, float] = self.report[self.word]
         self.reports = _reports(self.links, self.word, self.trained)
 
     def run(self, reports: Any, seed: int | None) -> Settlement:
-        """outcome: flows, times, objective; payments: what the users of each candidate link pay together (tolls alone); nothing is drawn.
+        """outcome: flows, times, objective; payments: what the users of each candidate link pay together (tolls alone); audit: the
+        design in force and the relative gap, and of the trained one the objective of no design and which start won.  Nothing is drawn.
 
         Raises DataError where the design is not feasible.
         """
@@ -64,4 +64,8 @@ class CongestionMechanism:
         paid = {}
         if self.word == "tolls":
             paid = {link: design[link] * found["link_flows"][link] for link in self.links}
-        return Settlement(found, paid, {"design": {self.word: design}, "relative_gap": gap})
+        audit = {"design": {self.word: design}, "relative_gap": gap}
+        if given["design"] is None:
+            # What the search says of its own design.
+            audit |= {name: self.report[name] for name in ("baseline", "note", "objectives_of_starts")}
+        return Settlement(found, paid, audit)

@@ -123,7 +123,8 @@ class StackelbergCongestionModule(TensorModule):
 EXAMPLE: dict[str, Any] = {"design": {"tolls": {"1-6": 4.0}}, "demand_scale": 1.0}
 """A request; for capacities, {"design": {"capacity_add": {...}}}.  Without `design` the trained one is used."""
 
-_WORDS = {"toll": "tolls", "capacity": "capacity_add"}
+WORDS = {"toll": "tolls", "capacity": "capacity_add"}
+"""What a design is called in requests and answers."""
 
 
 def answer_request(policy: Any, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,12 +162,12 @@ def _number(value: Any, where: str) -> float:
 
 
 def _design(problem: Problem, design: Any) -> np.ndarray[Any, Any]:
-    word = _WORDS[problem.kind]
+    word = WORDS[problem.kind]
     if not isinstance(design, Mapping):
         raise DataError(f'design is {design!r}: it is an object, {{"{word}": {{"link": number}}}}')
     y = np.zeros(problem.size)
     for kind, values in design.items():
-        if kind not in _WORDS.values():
+        if kind not in WORDS.values():
             raise DataError(f"design: {kind!r} is unknown: it may hold {word}")
         if kind != word and values:
             raise DataError(f"design: this problem sets {word}, not {kind}")
@@ -188,7 +189,7 @@ def design_report(policy: Any) -> dict[str, Any]:
     names = dict(module.model_config)["starts"]
     values = {name: float(v) for name, v in zip(names, module.value, strict=True)}
     return {
-        _WORDS[problem.kind]: dict(zip(problem.link_names, module.y[best].tolist(), strict=True)),
+        WORDS[problem.kind]: dict(zip(problem.link_names, module.y[best].tolist(), strict=True)),
         "objective": float(module.value[best]),
         "baseline": float(module.baseline),
         "note": f"a local optimum: the best of {len(names)} start(s), from {names[best]!r}",

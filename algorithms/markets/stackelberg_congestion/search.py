@@ -32,6 +32,7 @@ from mobula.envs.markets.dynamics import (
 )
 from mobula.envs.markets.networks import Network
 from mobula.errors import DataError, TrainingFault
+from mobula.metrics import gather
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ class Search:
         quiet = self.change < s.xi
         full = self.accuracy == 1.0
         if s.path_schedule != "static_k_shortest" and (
-            generates(self.n, s.path_schedule, self.problem.kind) or bool((quiet & ~self.done).any() and full)
+            generates(self.n, s.path_schedule, self.problem.kind, s.algorithm)
+            or bool((quiet & ~self.done).any() and full)
         ):
             self.gap = self.add_paths()
         elif s.path_schedule == "static_k_shortest":
@@ -260,7 +262,7 @@ class _Pool:
         if self._stored is None:
             self._stored = ray.put(self.network)
         task = ray.remote(num_cpus=1)(shortest)
-        parts = ray.get([task.remote(self._stored, share, costs) for share in self.shares])
+        parts = gather((task.remote(self._stored, share, costs) for share in self.shares), "workers")
         pi = np.empty((len(costs), self.network.num_ods))
         paths: list[list[Path]] = [[() for _ in range(self.network.num_ods)] for _ in costs]
         for share, (values, found) in zip(self.shares, parts, strict=True):

@@ -29,11 +29,16 @@ from mobula.algorithms.markets.stackelberg_congestion.method import (
     StackelbergCongestionConfig,
 )
 from mobula.algorithms.markets.stackelberg_congestion.module import answer_request, design_report
-from mobula.algorithms.markets.stackelberg_congestion.search import Search, iterate, k_shortest_paths
+from mobula.algorithms.markets.stackelberg_congestion.search import (
+    Search,
+    Settings,
+    iterate,
+    k_shortest_paths,
+)
 from mobula.artifact import export_policy, load_policy
 from mobula.envs.markets import assignment, design, networks
 from mobula.envs.markets.design import OBJECTIVES, Objective, evaluate, make_problem
-from mobula.envs.markets.dynamics import Paths
+from mobula.envs.markets.dynamics import Followers, Paths, Roads, safe_rate, settle
 from mobula.errors import ConfigError, DataError, TrainingFault
 from mobula.serving.backend import LocalBackend
 from mobula.serving.gateway import create_app
@@ -80,6 +85,45 @@ def test_silmds_gradient_is_that_of_the_unrolled_objective(name: str, objective:
         h[:, i] = 1e-4
         wanted = (at(y + h).F - at(y - h).F) / 2e-4
         torch.testing.assert_close(found.gradient[:, i], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 6, 220])
+def test_looking_ahead_is_T_steps(T: int) -> None:
+    """Users after one and after T single steps, F at the latter; nothing that is handed back has a history."""
+    problem, paths = instance("hearn9")
+    flat, g = paths.flat(), torch.Generator().manual_seed(0)
+    y = torch.rand(2, 3, dtype=torch.float64, generator=g)
+    logits = torch.randn(2, flat.size, dtype=torch.float64, generator=g)
+    demand, r = torch.from_numpy(problem.network.demand).expand(2, -1), torch.full((2, 1), 0.01).double()
+    users = Followers(Roads.of(problem.network), flat, demand, *problem.spread(y))
+    found = anticipate(problem, flat, demand, y, logits, r, algorithm="silmd", T=T)
+    at = logits
+    for t in range(T):
+        at = users.step(at, r)
+        if t == 0:
+            torch.testing.assert_close(flat.shares(found.one), flat.shares(at))
+    torch.testing.assert_close(flat.shares(found.logits), flat.shares(at))
+    x = users.flows(at)
+    torch.testing.assert_close(found.F, (x * users.roads.times(x)).sum(1))
+    torch.testing.assert_close(found.before, users.gap(logits))
+    torch.testing.assert_close(found.after, users.gap(at))
+    assert not any(getattr(found, name).requires_grad for name in ("F", "gradient", "logits", "one"))
+
+
+def test_dolmd_forgets_where_users_stood_and_truncates_at_ten_eps() -> None:
+    problem, paths = instance("hearn9")
+    flat, y = paths.flat(), torch.tensor([[1.0, 2.0, 0.5]]).double()
+    demand, r = torch.from_numpy(problem.network.demand)[None], torch.full((1, 1), 0.05).double()
+    uniform = torch.zeros(1, flat.size, dtype=torch.float64)
+    about: dict[str, Any] = {"algorithm": "dolmd", "eps": 1e-6, "every": 5}
+    whole = anticipate(problem, flat, demand, y, uniform, r, **about)
+    other = torch.randn(1, flat.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    again = anticipate(problem, flat, demand, y, other, r, **about)
+    assert torch.equal(whole.gradient, again.gradient) and float(whole.after) < 1e-6
+    short = anticipate(problem, flat, demand, y, uniform, r, truncate=True, **about)
+    users = Followers(Roads.of(problem.network), flat, demand, *problem.spread(y))
+    _, before, _ = settle(users, uniform, r, gap=1e-5, every=5)
+    assert 0 < int(short.steps) == int(whole.steps) - int(before)
 
 
 @pytest.mark.parametrize("name", ["braess5", "hearn9"])
@@ -211,6 +255,25 @@ def test_an_objective_of_ones_own() -> None:
         del OBJECTIVES["weighted"]
 
 
+def test_objectives_by_hand() -> None:
+    x, y = np.array([1.0, 2.0, 3.0, 0.5, 1.5]), np.array([0.5, 0.0, 1.0, 2.0, 0.1])
+    for objective in ("cndp", "sctp", "revenue"):
+        problem = make_problem("braess5", objective, eta=0.3)
+        n, rows = problem.network, [3, 0]
+        few = make_problem(
+            "braess5", objective, links=rows, cost=[2.0, 5.0] if objective == "cndp" else None, eta=0.3
+        )
+        for p, d in ((problem, y), (few, y[rows])):
+            t = n.free_flow_time * (1 + 0.15 * (x / n.capacity) ** 4)
+            wanted = {
+                "cndp": x @ t + 0.3 * float(p.cost @ d**2),
+                "sctp": x @ t,
+                "revenue": -float(d @ x[p.links]),
+            }[objective]
+            given = (torch.from_numpy(np.asarray(v))[None] for v in (x, t, d))
+            assert float(p.value(*given)) == pytest.approx(wanted)
+
+
 def test_revenue_is_made() -> None:
     found = search("hearn9", [np.full(3, 1.0)], limit=40, objective="revenue", alpha=0.01)
     start, end = (evaluate(found.problem, y).objective for y in (np.full(3, 1.0), found.y[0].numpy()))
@@ -236,8 +299,12 @@ def test_step_sizes_and_schedule() -> None:
     assert float(step_size(alpha, 10.0, 30)) == 0.5
     assert float(step_size(alpha, 0.0, 30)) == 2.0
     wanted = {*range(10), 10, 15, 20, 25, 30, 35, 40, 45, 50, 75, 100}
-    assert {n for n in range(101) if generates(n, "release", "toll")} == wanted
-    assert {n for n in range(101) if generates(n, "release", "capacity")} == wanted - {75}
+    for algorithm in ("silmd", "dolmd"):
+        assert {n for n in range(101) if generates(n, "release", "toll", algorithm)} == wanted
+    assert {n for n in range(101) if generates(n, "release", "capacity", "silmd")} == wanted - {75}
+    assert {n for n in range(101) if generates(n, "release", "capacity", "dolmd")} == wanted
+    assert all(generates(n, "every", "toll", "silmd") for n in range(60))
+    assert not any(generates(n, "static_k_shortest", "toll", "silmd") for n in range(60))
     problem = make_problem("braess5", upper=1.0)
     y, g = torch.full((1, 5), 0.5, dtype=torch.float64), torch.tensor([[1.0, -1.0, 3.0, -9.0, 0.0]]).double()
     step = torch.tensor([0.25], dtype=torch.float64)
@@ -256,7 +323,12 @@ def test_toll_rules() -> None:
     tolls = assignment.marginal_cost_tolls(problem.network, so.x)
     np.testing.assert_allclose(heuristics.mct(problem), tolls[problem.links], rtol=1e-3)
     base = evaluate(problem, np.zeros(3)).objective
-    assert evaluate(problem, heuristics.ct(problem)).objective <= base + 1e-6
+    one_by_one = heuristics.ct(problem)
+    assert evaluate(problem, one_by_one).objective <= base + 1e-6
+    # The link of the smallest marginal-cost toll came last: its toll, which is not 0, is best beside the others.
+    last = np.eye(3)[int(heuristics.mct(problem).argmin())]
+    near = [evaluate(problem, one_by_one + h * last).objective for h in (-0.1, 0, 0.1)]
+    assert float(one_by_one @ last) > 0.1 and near[1] <= min(near) + 1e-3
     # With every link tolled, marginal-cost tolls are a fixed point of the multiplicative rule.
     whole = make_problem("hearn9", links=list(range(18)))
     np.testing.assert_allclose(heuristics.emcdt(whole, iterations=30), heuristics.mct(whole), atol=1e-2)
@@ -429,6 +501,94 @@ def test_cutting_planes_on_nine_nodes() -> None:
     np.testing.assert_allclose(found.y, [4.000, 5.118, 1.118], atol=5e-3)
 
 
+def told(search: Search, **given: Any) -> dict[str, torch.Tensor]:
+    """What `anticipate` might have found: users one step and T steps on, gaps as given."""
+    ahead = torch.arange(search.logits.shape[-1], dtype=torch.float64).expand_as(search.logits)
+    zero = torch.zeros(search.S, search.I, dtype=torch.float64)
+    found = {"logits": search.logits + ahead, "one": search.logits - ahead, "before": zero, "after": zero}
+    return {**found, "steps": zero.long(), "rose": zero.bool(), **given}
+
+
+def rested(objective: str = "braess5", **knobs: Any) -> Search:
+    problem = make_problem(objective)
+    demand = torch.from_numpy(problem.network.demand).expand(2, 2, -1)
+    settings = Settings(
+        **{"path_schedule": "static_k_shortest", "r": 0.1, "alpha": 0.5, "beta": 0.0, **knobs}
+    )
+    return Search(problem, settings, demand, torch.zeros(2, problem.size, dtype=torch.float64))
+
+
+def test_what_a_search_does_with_what_it_is_told() -> None:
+    """Two scenarios, two starts: users walk on where they were not at rest; a start rests where all its scenarios do."""
+    before = torch.tensor([[1e-3, 1e-6], [1e-6, 1e-3]]).double()
+    after = torch.tensor([[1e-6, 1e-6], [1e-3, 1e-6]]).double()
+    walked, one = rested(), rested(advance="one")
+    for search in (walked, one):
+        found, old = told(search, before=before, after=after), search.logits
+        search.tell(search.y, found)
+        if search is one:
+            assert torch.equal(search.logits, found["one"])
+        else:
+            for s, i in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                wanted = found["logits"] if before[s, i] > 1e-5 else old
+                assert torch.equal(search.logits[s, i], wanted[s, i])
+        assert search.done.tolist() == [False, True]
+        assert search.steps(torch.ones(2, 5).double()).tolist() == [0.5, 0.0]
+        search.tell(search.y + 0.01, told(search))
+        assert search.done.tolist() == [False, True], "a change of 0.01 is no rest"
+        assert search.n == 2 and not search.converged
+
+
+def test_dolmd_begins_with_less_accuracy() -> None:
+    """10 eps, halved when designs change by less than 10 xi, exact when by less than 2 xi; only then may it stop."""
+    search = rested(algorithm="dolmd", eps=1e-5, xi=1e-3)
+    wanted = [(0.02, 10.0), (0.005, 5.0), (0.009, 5.0), (0.05, 5.0), (0.0015, 1.0), (0.02, 1.0)]
+    assert search.options()["eps"] == pytest.approx(1e-4)
+    for change, accuracy in wanted:
+        search.tell(search.y + change, told(search))
+        assert search.options()["eps"] == pytest.approx(accuracy * 1e-5)
+        assert not search.done.any()
+    search.tell(search.y, told(search))
+    assert search.converged
+    early = rested(algorithm="dolmd")
+    early.tell(early.y, told(early))
+    assert not early.done.any() and early.accuracy == 1.0
+
+
+def test_first_steps_and_safe_rates() -> None:
+    """Without an alpha the first step is a tenth of the mean capacity; a safe rate is that of the grown path set."""
+    search = rested(alpha=None)
+    g = torch.tensor([[1.0, -4.0, 0.0, 2.0, 0.5], [8.0, 0.0, 0.0, 0.0, 0.0]]).double()
+    capacity = float(search.problem.network.capacity.mean())
+    torch.testing.assert_close(search.steps(g), 0.1 * capacity / torch.tensor([4.0, 8.0]).double())
+    safe = rested("hearn9", r="safe", path_schedule="every")
+    old, known = safe.r, len(safe.paths)
+    safe.y = torch.tensor([[20.0, 30.0, 0.0], [0.0, 5.0, 40.0]]).double()
+    gap = safe.add_paths()
+    assert len(safe.paths) > known and float(gap.min()) > 0
+    now = safe_rate(safe.followers(), safe.logits.flatten(0, 1)).view(2, 2)
+    assert torch.equal(safe.r, now) and not torch.equal(old, now)
+
+
+def test_every_rule_is_a_start() -> None:
+    for network, words in (
+        ("hearn9", ["zero", "mct", "emcdt", "ct"]),
+        ("braess5", ["zero", "ioa", "so_design"]),
+    ):
+        chosen = StackelbergCongestionConfig().training(network=network, init=words)
+        problem = chosen.problem()
+        names, compute = chosen.starts(problem)
+        assert names == words
+        made = compute().numpy()
+        rules = {
+            "zero": np.zeros(problem.size),
+            **{word: getattr(heuristics, word)(problem) for word in words[1:]},
+        }
+        for word, y in zip(words, made, strict=True):
+            np.testing.assert_allclose(y, rules[word][0] if word == "so_design" else rules[word])
+        assert len(np.unique(made.round(6), axis=0)) == len(words)
+
+
 # Through RLlib ----------------------------------------------------------------------------------------------
 
 
@@ -488,6 +648,8 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
     trained = client.post(path, json={"reports": {}}).json()
     assert trained["outcome"]["objective"] == pytest.approx(evaluate(problem, y).objective)
     assert trained["audit"]["design"]["tolls"] == pytest.approx(report["tolls"])
+    assert trained["audit"]["baseline"] == report["baseline"]
+    assert trained["audit"]["note"] == report["note"]
     for reports, field in (
         ({"design": {"tolls": {"9-9": 1.0}}}, "reports.design.tolls.9-9"),
         ({"design": {"tolls": {"7-3": -1.0}}}, "reports.design.tolls.7-3"),
@@ -541,6 +703,17 @@ def test_tasks_share_shortest_paths_and_judgements(ray_session: None) -> None:
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-7)
 
 
+def test_scenarios_are_drawn_around_the_demand() -> None:
+    chosen = config(network="hearn9", scenarios=200, spread=0.2)
+    problem = chosen.problem()
+    demand = chosen.demands(problem, 3).numpy()
+    assert demand.shape == (200, 3, 4)
+    factors = demand / problem.network.demand
+    assert np.ptp(factors, axis=(1, 2)).max() < 1e-12 and (factors[0] == 1).all()
+    # 200 draws from U[0.8, 1.2]: none within 0.02 of an end has probability 0.95 ** 200.
+    assert 0.8 <= factors.min() < 0.82 and 1.18 < factors.max() <= 1.2
+
+
 def test_scenarios_average(ray_session: None) -> None:
     """The gradient of three scenarios is the mean of theirs."""
     algorithm = config(scenarios=3, spread=0.3, init=[[0.5, 0.5, 0.5, 0.5, 0.5]]).build_algo()
@@ -583,6 +756,7 @@ def test_zero_anticipation_is_refused() -> None:
         ({"init": [[0, 0]]}, "a design has 5 numbers"),
         ({"init": ["mct"]}, "mct sets tolls"),
         ({"init": ["warm"]}, "'warm' is neither zero"),
+        ({"network": "hearn9", "init": ["ioa"]}, "ioa sets capacities.*use zero, mct, emcdt, ct or numbers"),
         ({"init": [[0, 0, 0, 0, 0]], "mirror": "entropic"}, "needs a design above 0"),
         ({"upper": 0.5, "init": [[1, 0, 0, 0, 0]]}, "at most 0.5"),
         ({"network": "/nowhere/at/all"}, "NAME_net.tntp and NAME_trips.tntp"),
@@ -603,6 +777,9 @@ def test_what_is_refused(knobs: dict[str, Any], says: str) -> None:
         ({"objective": "welfare"}, "one of cndp, sctp, revenue"),
         ({"T": 1.5, "eta": -1.0}, "out of range"),
         ({"aplha": 1.0}, "alpha"),
+        ({"T": 1.5}, "T is 1.5: a whole number of 1 or more"),
+        ({"T": float("nan")}, "a whole number of 1 or more"),
+        ({"r": float("inf")}, "auto, safe, or a number above 0"),
     ],
 )
 def test_settings_out_of_range(knobs: dict[str, Any], says: str) -> None:
@@ -618,6 +795,17 @@ def test_a_rate_that_is_too_large_is_named() -> None:
     ue = evaluate(problem, np.zeros(5)).assignment
     flows = dict(zip(ue.paths[0], ue.flows[0].tolist(), strict=True))
     near = torch.tensor([[flows[path] for _, path in paths.listed()]], dtype=torch.float64).log()
+    # Below the safe rate the potential falls, whatever the gap does on the way: that is no fault of r.
+    many = 6 * torch.randn(64, flat.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(64, 5, dtype=torch.float64)
+    users = Followers(Roads.of(problem.network), flat, demand.expand(64, -1), *problem.spread(y))
+    slow = 0.5 * safe_rate(users, many)[:, None]
+    rises = 0
+    for _ in range(10):
+        found = anticipate(problem, flat, demand.expand(64, -1), y, many, slow, T=1)
+        rises, many = rises + int((found.after > found.before).sum()), found.logits
+        assert not found.rose.any()
+    assert rises > 0
     near[0, 0] += 0.1
     for r, rose in ((30.0, True), (0.05, False)):
         rate = torch.full((1, 1), r, dtype=torch.float64)
