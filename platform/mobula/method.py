@@ -174,7 +174,7 @@ class MethodConfig(AlgorithmConfig):
     default_env    registered environment of a fresh config, where the method has a natural one
     headline       (metric, label) of a run's progress and figure, for methods that are not judged by return or reward
     headline_mode  whether a search wants that metric small ("min") or large ("max")
-    default_stop   where a run ends if nothing is said (names as in `mobula.running.STOP_NAMES`)
+    default_stop   where a run ends if nothing is said (names as in `mobula.results.STOP_NAMES`)
     """
 
     needs_env: ClassVar[bool] = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import math
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mobula import registry
 from mobula.errors import ArtifactError, ClusterError, ConfigError, MobulaError, StorageError
 from mobula.files import replaced_folder, storage, write_json, write_text
 from mobula.joining import start_ray
-from mobula.placement import apply, cluster_nodes, given, lacking, roles
+from mobula.placement import cluster_nodes, lacking, roles
+from mobula.results import STOP_NAMES, env_steps, flat_metrics, learning_curve
+from mobula.settings import dump_config, load_yaml, make_config
 from mobula.versions import commit, machine, versions
 
 if TYPE_CHECKING:
@@ -31,122 +30,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mobula")
 
-STOP_NAMES = {
-    "env_steps": "env_runners/num_env_steps_sampled_lifetime",
-    "iterations": "training_iteration",
-    "seconds": "time_total_s",
-    "return": "env_runners/episode_return_mean",
-}
-"""Short names of what a run can be stopped by; any metric's full name works too."""
-
-
 CHECKPOINT_MARK = "mobula.json"
 """File of a checkpoint that says its iteration."""
 
 CHECKPOINT_SECONDS = 300.0
 """Time between checkpoints where no number of iterations is given."""
-
-# Configs --------------------------------------------------------------------------------------------------
-
-
-def make_config(
-    method: str,
-    env: str | None = None,
-    *,
-    env_config: Mapping[str, Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    num_env_runners: int | None = None,
-    num_envs_per_env_runner: int | None = None,
-    num_learners: int | None = None,
-    placement: Mapping[str, Any] | None = None,
-    verbose: bool = False,
-) -> AlgorithmConfig:
-    """The config of a run (`placement`: see mobula.placement).  Raises ConfigError for names or values that do not exist or do not fit."""
-    from mobula.method import MethodConfig
-
-    config: Any = registry.config_class(method)()
-    # RLlib sets its loggers to this, and remarks on its own API at every start.
-    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    config.debugging(log_level="INFO" if verbose else "ERROR")
-    if env is not None:
-        spelled = registry.env_name(env)
-        if not isinstance(config, MethodConfig):
-            spelled = registry.register_with_ray(spelled)
-            if not env.startswith(registry.GYMNASIUM) and spelled == registry.env_name(env):
-                config.env_runners(gym_env_vectorize_mode="vector_entry_point")
-        config.environment(spelled, env_config=_plain(env_config or {}))
-    if seed is not None:
-        config.debugging(seed=seed)
-    counts = {"num_env_runners": num_env_runners, "num_envs_per_env_runner": num_envs_per_env_runner}
-    config.env_runners(**{name: value for name, value in counts.items() if value is not None})
-    if num_learners is not None:
-        config.learners(num_learners=num_learners)
-    for name, value in (settings or {}).items():
-        _apply(config, name, value)
-    apply(config, placement or {})
-    if not isinstance(config, MethodConfig):
-        from mobula.metrics import watched
-
-        config = watched(config)
-    try:
-        config.validate()
-    except ValueError as error:
-        raise ConfigError(f"{method}: {' '.join(str(error).split())}") from error
-    return config  # type: ignore[no-any-return]
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them: YAML reads 2015-01-01 as a date."""
-    return {name: v.isoformat() if isinstance(v, datetime.date) else v for name, v in settings.items()}
-
-
-def _apply(config: Any, name: str, value: Any) -> None:
-    """One setting: a hyper-parameter, an argument of RLlib's `training`, or any other attribute of the config."""
-    from mobula.method import MethodConfig, _training_arguments
-
-    if (
-        isinstance(config, MethodConfig) and (name in config.hyperparameters() or name in config.rejected)
-    ) or name in _training_arguments(type(config)):
-        config.training(**{name: value})
-    elif not name.startswith("_") and name in vars(config):
-        setattr(config, name, value)
-    elif isinstance(config, MethodConfig):
-        config.training(**{name: value})
-    else:
-        from mobula.errors import nearest
-
-        known = [*_training_arguments(type(config)), *(n for n in vars(config) if not n.startswith("_"))]
-        raise ConfigError(f"{type(config).__name__} has no setting {name!r}.{nearest(name, known)}")
-
-
-def flat_metrics(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The finite numbers of a result, by names such as "env_runners/episode_return_mean"."""
-    flat: dict[str, float] = {}
-    for name, value in result.items():
-        if name in ("config", "hist_stats", "pid", "perf"):
-            continue
-        if isinstance(value, Mapping):
-            flat |= flat_metrics(value, f"{prefix}{name}/")
-        elif value is None or isinstance(value, bool | str):
-            continue
-        else:
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                continue
-            if math.isfinite(number):
-                flat[prefix + str(name)] = number
-    return flat
-
-
-def env_steps(metrics: Mapping[str, float]) -> int:
-    """Environment steps so far; iterations for methods without environments."""
-    for name in ("env_runners/num_env_steps_sampled_lifetime", "num_env_steps_sampled_lifetime"):
-        if name in metrics:
-            return int(metrics[name])
-    return int(metrics.get("training_iteration", 0))
-
 
 # Training -------------------------------------------------------------------------------------------------
 
@@ -608,62 +496,6 @@ def _finish(algorithm: Any, run: Run, tracker: Any, evaluate: bool, keep: int) -
                 tracker.log_artifact(run.path / name)
 
 
-def reward_per_step(rows: list[dict[str, float]]) -> list[float]:
-    """Mean reward per environment step of each iteration, NaN where none was sampled."""
-    return [
-        row.get("env_runners/reward_sum", math.nan) / row.get("env_runners/num_env_steps_sampled", math.nan)
-        for row in rows
-    ]
-
-
-def learning_curve(
-    rows: list[dict[str, float]], path: Path, *, title: str, headline: tuple[str, str] | None = None
-) -> Path | None:
-    """A figure of the return (or of the reward per step, for tasks without episodes) against environment steps; of the
-    method's `headline` metric against iterations where it has one.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    clock = "env_steps"
-    if headline is not None:
-        clock, episodic = "training_iteration", True
-        found = [row.get(headline[0], math.nan) for row in rows]
-    else:
-        returns = [row.get("env_runners/episode_return_mean", math.nan) for row in rows]
-        episodic = any(math.isfinite(value) for value in returns)
-        found = returns if episodic else reward_per_step(rows)
-    points = [(row[clock], value) for row, value in zip(rows, found, strict=True) if math.isfinite(value)]
-    if not points:
-        return None
-    steps, values = zip(*points, strict=True)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    if not episodic and len(values) >= 16:
-        axes.plot(steps, values, color="#9ecae1", linewidth=1, label="each iteration")
-        width = max(2, len(values) // 8)
-        smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-        axes.plot(steps, smooth, color="#0072b2", linewidth=2, label=f"mean of the last {width}")
-        axes.legend(frameon=False)
-    else:
-        axes.plot(steps, values, color="#0072b2", linewidth=2)
-    axes.set_xlabel(clock.replace("env_steps", "environment steps").replace("_", " "))
-    if headline is not None:
-        axes.set_ylabel(headline[1])
-        if min(values) > 0 and max(values) > 30 * min(values):
-            axes.set_yscale("log")
-    else:
-        axes.set_ylabel("episode return (mean)" if episodic else "reward per step")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    with storage(path):
-        figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
-
-
 @contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
     """Keeps the libraries' warnings off the terminal unless they are asked for."""
@@ -673,65 +505,3 @@ def _quiet(verbose: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# YAML -----------------------------------------------------------------------------------------------------
-
-
-def dump_config(config: AlgorithmConfig) -> str:
-    """The config as YAML that `mobula train --config` takes."""
-    method = registry.name_of(config)
-    data = {
-        "method": method,
-        "env": config.env if isinstance(config.env, str) else None,
-        "env_config": dict(config.env_config),
-        "seed": config.seed,
-        "num_env_runners": config.num_env_runners,
-        "num_envs_per_env_runner": config.num_envs_per_env_runner,
-        "num_learners": config.num_learners,
-        "placement": given(config) or None,
-        "settings": config.knobs() if hasattr(config, "knobs") else _changed(config),
-    }
-    return yaml.safe_dump({k: v for k, v in data.items() if v is not None}, sort_keys=False)
-
-
-def _changed(config: Any) -> dict[str, Any]:
-    """Training settings of an RLlib config that differ from its defaults and are plain data."""
-    from mobula.method import _training_arguments
-
-    fresh, found = type(config)(), {}
-    for name in sorted(_training_arguments(type(config))):
-        value = getattr(config, name, None)
-        if value != getattr(fresh, name, None) and isinstance(value, int | float | str | bool | list):
-            found[name] = value
-    return found
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A config file.  Raises ConfigError where it is no mapping of the names that `dump_config` writes."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from error
-    known = {
-        "method",
-        "env",
-        "env_config",
-        "seed",
-        "num_env_runners",
-        "num_envs_per_env_runner",
-        "num_learners",
-        "placement",
-        "settings",
-        "stop",
-    }
-    if not isinstance(data, dict) or not set(data) <= known:
-        extra = sorted(set(data) - known) if isinstance(data, dict) else [type(data).__name__]
-        raise ConfigError(
-            f"config file {path} holds {', '.join(map(str, extra))}; it may hold {', '.join(sorted(known))}"
-        )
-    return data

@@ -12,6 +12,7 @@ from mobula import running
 from mobula.cli import app
 from mobula.errors import ConfigError
 from mobula.placement import Role, apply, given, lacking, roles
+from mobula.settings import dump_config, make_config
 
 WANTED = {
     "env_runners": {"count": 8, "cpus": 2, "resources": {"sampling": 0.5}},
@@ -21,12 +22,12 @@ WANTED = {
 
 
 def test_a_placement_becomes_rllib_s_settings_and_comes_back() -> None:
-    config = running.make_config("PPO", "cartpole", placement=WANTED)
+    config = make_config("PPO", "cartpole", placement=WANTED)
     assert (config.num_env_runners, config.num_cpus_per_env_runner) == (8, 2)
     assert config.custom_resources_per_env_runner == {"sampling": 0.5}
     assert (config.num_learners, config.num_gpus_per_learner, config.evaluation_num_env_runners) == (2, 1, 1)
-    kept = yaml.safe_load(running.dump_config(config))
-    again = running.make_config(
+    kept = yaml.safe_load(dump_config(config))
+    again = make_config(
         kept["method"],
         kept["env"],
         num_env_runners=kept["num_env_runners"],
@@ -37,18 +38,18 @@ def test_a_placement_becomes_rllib_s_settings_and_comes_back() -> None:
 
 
 def test_what_each_role_asks_for() -> None:
-    found = {role.name: role for role in roles(running.make_config("PPO", "cartpole", placement=WANTED))}
+    found = {role.name: role for role in roles(make_config("PPO", "cartpole", placement=WANTED))}
     assert found["env_runners"].each == {"CPU": 2.0, "sampling": 0.5}
     # RLlib's rule: a learner on a GPU takes no CPU, one without takes one.
     assert found["learners"].each == {"GPU": 1.0}
-    assert {r.name: r for r in roles(running.make_config("PPO", "cartpole"))}["learners"].each == {"CPU": 1.0}
-    offline = {r.name: r for r in roles(running.make_config("mrpg", settings={"workers": 3}))}
+    assert {r.name: r for r in roles(make_config("PPO", "cartpole"))}["learners"].each == {"CPU": 1.0}
+    offline = {r.name: r for r in roles(make_config("mrpg", settings={"workers": 3}))}
     assert offline["env_runners"].count == 0 and offline["workers"].count == 3
 
 
 def test_the_request_is_rllib_s_own() -> None:
     """The bundles that RLlib itself asks Tune for, less its main process."""
-    config = running.make_config("PPO", "cartpole", placement=WANTED)
+    config = make_config("PPO", "cartpole", placement=WANTED)
     bundles = config.algo_class.default_resource_request(config.to_dict()).bundles[1:]
     asked = [{name: float(amount) for name, amount in bundle.items() if amount} for bundle in bundles]
     ours = [role.each for role in roles(config) for _ in range(role.count)]
@@ -69,7 +70,7 @@ def test_the_request_is_rllib_s_own() -> None:
 )
 def test_a_placement_that_makes_no_sense(placement: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        apply(running.make_config("PPO", "cartpole"), placement)
+        apply(make_config("PPO", "cartpole"), placement)
 
 
 def test_room_is_counted_node_by_node() -> None:
@@ -86,7 +87,7 @@ def test_room_is_counted_node_by_node() -> None:
 
 
 def test_a_run_that_this_machine_can_never_hold_is_refused_at_once(ray_session: None, tmp_path: Path) -> None:
-    config = running.make_config("PPO", "cartpole", num_env_runners=99)
+    config = make_config("PPO", "cartpole", num_env_runners=99)
     with pytest.raises(ConfigError, match=r"asks for 99 CPU and there is 4 CPU.*lower num_env_runners"):
         running.train(config, out=tmp_path, track=False)
     assert not list(tmp_path.iterdir())

@@ -12,11 +12,12 @@ import pytest
 from benchmarks.kill_and_resume import RUNS, Shape, comparable
 from mobula import running
 from mobula.errors import ArtifactError, ConfigError
+from mobula.settings import make_config
 
 
 def config(name: str) -> Any:
     given, _ = RUNS[name]
-    return running.make_config(**{**given, "seed": 3})
+    return make_config(**{**given, "seed": 3})
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -59,7 +60,7 @@ def test_a_checkpoint_that_is_not_whole_is_never_picked(tmp_path: Path) -> None:
 
 def test_simulators_that_cannot_be_copied_begin_new_episodes(ray_session: None, tmp_path: Path) -> None:
     """MuJoCo's are made anew when they are copied: a resumed run must not take such a one for the one that it left."""
-    hopper = running.make_config(
+    hopper = make_config(
         "PPO", "gymnasium:Hopper-v5", settings={"train_batch_size": 64}, seed=3, num_envs_per_env_runner=2
     )
     part = running.train(hopper, stop={"iterations": 1}, out=tmp_path, track=False, evaluate=False)

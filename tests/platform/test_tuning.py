@@ -15,13 +15,15 @@ import pytest
 import yaml
 
 import mobula
-from mobula import running, tuning
+from mobula import tuning
 from mobula.errors import ArtifactError, ConfigError
-from mobula.tuning import Trial, describe, gridded, parse_space
+from mobula.settings import load_yaml, make_config
+from mobula.tuning import Trial, describe, gridded, parse_space, report
+from mobula.tuning.state import kept_state, state_trials
 
 
 def mac(**knobs: Any) -> Any:
-    return running.make_config("mac", "goal_grid", settings=knobs, seed=1)
+    return make_config("mac", "goal_grid", settings=knobs, seed=1)
 
 
 # Words ------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_what_does_not_fit_together() -> None:
 
 def test_what_a_method_is_ranked_by() -> None:
     assert tuning.default_metric(mac()) == ("env_runners/reward_per_step", "max")
-    ppo = running.make_config("PPO", "cartpole")
+    ppo = make_config("PPO", "cartpole")
     assert tuning.default_metric(ppo) == ("env_runners/episode_return_mean", "max")
     assert tuning.default_metric(mobula.config("mrpg")) == ("error", "min")
 
@@ -97,11 +99,11 @@ def test_tables_and_figures_of_trials(tmp_path: Path) -> None:
         Trial("two", {"lr": 0.1, "kind": "b"}, "done", 2.0, 3, 1.0),
         Trial("bad", {"lr": 0.5, "kind": "b"}, "failed", None, 0, 0.0, "boom"),
     ]
-    lines = tuning.trials_csv(trials, about).splitlines()
+    lines = report.trials_csv(trials, about).splitlines()
     assert lines[0] == "trial,lr,kind,score,status,iterations,seconds,error" and len(lines) == 4
-    file = tuning.parallel_coordinates(trials[:2], about, tmp_path / "figure.png")
+    file = report.parallel_coordinates(trials[:2], about, tmp_path / "figure.png")
     assert file.stat().st_size > 10_000
-    heights, ticks = tuning._axis([0.01, 0.1, 1.0], True)
+    heights, ticks = report._axis([0.01, 0.1, 1.0], True)
     assert heights == pytest.approx([0.0, 0.5, 1.0]) and ticks[1][1] == "0.1"
 
 
@@ -110,7 +112,7 @@ def test_tables_and_figures_of_trials(tmp_path: Path) -> None:
 
 def test_a_study_finds_the_known_best_and_writes_what_train_takes(ray_session: None, tmp_path: Path) -> None:
     """A step of 0 learns nothing, so the game's gap stays: the other one must win, on fresh seeds too."""
-    config = running.make_config("fictitious_play_po", settings={"episodes": 100, "report_every": 50})
+    config = make_config("fictitious_play_po", settings={"episodes": 100, "report_every": 50})
     study = tuning.tune(
         config,
         search="grid",
@@ -126,7 +128,7 @@ def test_a_study_finds_the_known_best_and_writes_what_train_takes(ray_session: N
     kept = json.loads((study.path / "study.json").read_text())
     assert kept["metric"] == "duality_gap" and kept["mode"] == "min"
     assert (study.path / "parallel_coordinates.png").is_file()
-    given = running.load_yaml(study.path / "best.yaml")
+    given = load_yaml(study.path / "best.yaml")
     assert given["settings"]["eta_mult"] == 8.0 and given["stop"] == {"progress": 1.0}
     from mlflow import MlflowClient
 
@@ -143,7 +145,7 @@ def test_a_study_finds_the_known_best_and_writes_what_train_takes(ray_session: N
 
 def test_population_based_training_copies_the_better_trial(ray_session: None, tmp_path: Path) -> None:
     """A step size that learns nothing is given up for the other trial's state and a perturbed copy of its step size."""
-    config = running.make_config(
+    config = make_config(
         "PPO", "cartpole", settings={"rollout_length": 256}, seed=0, num_envs_per_env_runner=8
     )
     study = tuning.tune(
@@ -236,8 +238,8 @@ def finished(folder: Path) -> dict[str, float]:
     """{trial that the study's own record calls ended: time of the last change of its results}."""
     found: dict[str, float] = {}
     for study in folder.glob("2*"):
-        state = tuning.kept_state(study)
-        for trial, status in tuning.state_trials(state).items() if state else ():
+        state = kept_state(study)
+        for trial, status in state_trials(state).items() if state else ():
             if status == "TERMINATED":
                 # A trial that had nothing to resume from begins in another folder, with a suffix.
                 results = (study / "tune").glob(f"{trial}*/result.json")
@@ -254,7 +256,7 @@ def test_a_restored_learner_keeps_its_own_step_size_and_the_other_ones_moments(
     """What population based training does: another trial's checkpoint, one's own settings."""
 
     def ppo(lr: float) -> Any:
-        config = running.make_config(
+        config = make_config(
             "PPO", "cartpole", settings={"lr": lr, "train_batch_size": 256}, seed=0, num_envs_per_env_runner=8
         )
         return config.build_algo()

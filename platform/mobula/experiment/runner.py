@@ -62,7 +62,7 @@ def run_cell(
     probe_points: int,
 ) -> list[Row]:
     """Trains one cell to its budget; returns a row an iteration."""
-    from mobula.running import env_steps, flat_metrics
+    from mobula.results import env_steps, flat_metrics
 
     chosen = config.copy(copy_frozen=False).environment(task.env, env_config=dict(task.env_config))
     chosen.debugging(seed=seed, log_level="ERROR")
