@@ -49,6 +49,8 @@ def page(entry: Any, cls: Any, folder: Path) -> str:
         lines.append(
             f"| `{name}` | {knob.default} | {knob.range} | {'' if knob.space is None else describe(knob.space)} | {knob.help} |"
         )
+    if cls.effort:
+        lines += ["", "## What an iteration costs", "", cls.effort]
     result = ROOT / "reproductions" / entry.name / "result.json"
     if result.is_file():
         from mobula.experiment.ledger import MARKS, interval
@@ -62,10 +64,12 @@ def page(entry: Any, cls: Any, folder: Path) -> str:
         ]
         lines.append("| --- | --- | --- | --- | --- |")
         for claim in found["claims"]:
-            verdict = MARKS[claim["verdict"]]
+            verdict = MARKS[claim["verdict"]] + (" (exploratory)" if claim["exploratory"] else "")
             lines.append(
                 f"| {claim['statement']} | {claim['task']} | {interval(claim)} | {claim['criterion']} | {verdict} |"
             )
+        if found["notes"]:
+            lines += ["", found["notes"]]
         lines += [""] + [f"![{entry.name}]({entry.name}-{figure})" for figure in found["figures"]]
         lines += ["", f"`mobula reproduce {entry.name}` runs it again."]
     if cls.citation:

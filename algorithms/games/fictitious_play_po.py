@@ -9,9 +9,6 @@ Setting II, single controller: player 1 alone moves the state.
 
 Steps are counted h = 0 .. H - 1 here, so that a value at h is at most H - h.  All tensors are float64 with leading axes for
 instances (seeds); K episodes are the only loop.
-
-An episode costs O(H S1 S2 A B (S1 + S2)) in setting I, one factor contracted at a time, and O(H S^2 A + H S A B) in II.  Measured: 3 ms
-of one core for six instances of the default game, a third of it for hindsight and the exact averages, which only evaluation needs.
 """
 
 from __future__ import annotations
@@ -502,6 +499,11 @@ class FictitiousPlayPOConfig(MethodConfig):
         " their regret is near to linear: watch `duality_gap` and stop early. An exported policy acts for both players on [role, h, own"
         ' state]; `answer_request` of the method\'s module takes the same by name, `{"role": 2, "h": 0, "own_state": 1}`, and answers'
         " action, probabilities, mixture and bounds of the value."
+    )
+    effort = (
+        "An episode costs O(H S1 S2 A B (S1 + S2)) in setting I, one factor contracted at a time, and O(H S^2 A + H S A B) in II."
+        " Measured: 3 ms of one core for six instances of the default game, a third of it for hindsight and the exact averages, which"
+        " only evaluation needs."
     )
     needs_env = False
     default_stop = {"progress": 1.0}

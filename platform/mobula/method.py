@@ -171,6 +171,7 @@ class MethodConfig(AlgorithmConfig):
     rejected       {RLlib setting: reason} for settings that have no meaning in the method
     citation       BibTeX entry, shown by `mobula cite`
     when           when to use the method and when not (a paragraph of Markdown, shown in the docs)
+    effort         what an iteration costs, in operations and in seconds on one core (a paragraph too)
     default_env    registered environment of a fresh config, where the method has a natural one
     headline       (metric, label) of a run's progress and figure, for methods that are not judged by return or reward
     headline_mode  whether a search wants that metric small ("min") or large ("max")
@@ -181,6 +182,7 @@ class MethodConfig(AlgorithmConfig):
     rejected: ClassVar[Mapping[str, str]] = {}
     citation: ClassVar[str] = ""
     when: ClassVar[str] = ""
+    effort: ClassVar[str] = ""
     default_env: ClassVar[str | None] = None
     headline: ClassVar[tuple[str, str] | None] = None
     headline_mode: ClassVar[str] = "min"

@@ -9,10 +9,6 @@ is differentiated through it:
 
 Shortest paths are added to the path set as the search goes on.  Both are local: several starting designs run side by side, and
 every design is judged at an equilibrium of the reference solver, never at the unrolled flows.
-
-An iteration costs its steps of the dynamic, forward and back, each linear in the entries of the link-path incidence: T steps for SilMD,
-some hundreds at the end of a search for DolMD, which runs them forward twice.  Measured on one core on Sioux Falls (528 OD pairs, 1,100
-paths, capacities): SilMD with T = 10 takes 0.1 s an iteration for five demand tables side by side, DolMD 2.6 s for two.
 """
 
 from __future__ import annotations
@@ -92,6 +88,12 @@ class StackelbergCongestionConfig(MethodConfig):
         " start with; DolMD is dearer and finds slightly better designs. Both find local optima: give several starts (`init`)."
         " Where a handful of links can be enumerated on a grid, do that; where every link may be tolled, marginal-cost tolls are"
         " optimal and cost one assignment. Users who do not choose least-cost routes (fixed itineraries, habits) are not modelled."
+    )
+    effort = (
+        "An iteration costs its steps of the dynamic, forward and back, each linear in the entries of the link-path incidence: T steps for"
+        " SilMD, some hundreds at the end of a search for DolMD, which runs them forward twice. Measured on one core on Sioux Falls (528"
+        " OD pairs, 1,100 paths, capacities): SilMD with T = 10 takes 0.1 s an iteration for five demand tables side by side, DolMD 2.6 s"
+        " for two."
     )
     needs_env = False
     default_stop = {"converged": 1.0, "iterations": 1000}
