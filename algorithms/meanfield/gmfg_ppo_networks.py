@@ -13,6 +13,7 @@ from ray.rllib.core.columns import Columns
 from torch import Tensor
 
 from mobula.algorithms.common.meanfield import solvers
+from mobula.algorithms.common.meanfield.spaces import PartlyWhole
 from mobula.envs.meanfield import graphon
 from mobula.envs.meanfield.graphon import FiniteMFG
 from mobula.envs.meanfield.particles import ParticlePopulation
@@ -30,11 +31,13 @@ class Positions(TensorModule):
     aggregate: Tensor
     forecast: Tensor
     degree: Tensor
+    observation_space: Any
     takes_missing = True
 
     def setup(self) -> None:
         c: dict[str, Any] = dict(self.model_config)
         M, H, S, A = c["M"], c["H"], c["S"], c["A"]
+        self.observation_space = PartlyWhole(self.observation_space, [2, 3])
         uniform = torch.full((M, H, S, A), 1 / A, dtype=torch.float64)
         self.register_buffer("policy", uniform)
         self.register_buffer("aggregate", torch.zeros(M, H, S, dtype=torch.float64))
@@ -207,10 +210,14 @@ class NetworkLearner(TensorLearner):
 
 
 class Population:
-    """n particles with their whole paths [n, H + 1]; their flow is the damped flow of the method."""
+    """n particles with their whole paths [n, H + 1]; their flow is the damped flow of the method.
 
-    def __init__(self, seed: int, particles: int, paths: Tensor | None = None) -> None:
-        self.seed, self.n = seed, particles
+    actors  Ray actors that move the particles (0: this process); the paths do not depend on their number
+    """
+
+    def __init__(self, seed: int, particles: int, paths: Tensor | None = None, *, actors: int = 0) -> None:
+        self.seed, self.n, self.actors = seed, particles, actors
+        self._moving: ParticlePopulation | None = None
         self.paths = torch.empty(0, 0, dtype=torch.int16) if paths is None else paths
 
     def _generator(self, *words: int) -> torch.Generator:
@@ -218,14 +225,23 @@ class Population:
         return torch.Generator().manual_seed(int(word >> 1))
 
     def _simulate(self, game: FiniteMFG, pi: Tensor, t: int) -> Tensor:
-        population = ParticlePopulation(game, pi, self.n, seed=(self.seed * 1_000_003 + t) % 2**63)
+        seed = (self.seed * 1_000_003 + t) % 2**63
+        if self._moving is None:
+            self._moving = ParticlePopulation(game, pi, self.n, seed=seed, actors=self.actors)
+        else:
+            self._moving.restart(game, pi, seed)
         states = []
         for h in range(game.horizon + 1):
-            arrays = population.spread.call("arrays")
+            arrays = self._moving.spread.call("arrays")
             states.append(torch.cat([torch.from_numpy(state.copy()) for _, state in arrays]))
             if h < game.horizon:
-                population.advance()
+                self._moving.advance()
         return torch.stack(states, 1)
+
+    def close(self) -> None:
+        """Ends the actors."""
+        if self._moving is not None:
+            self._moving.close()
 
     def begin(self, game: FiniteMFG, pi: Tensor) -> None:
         """All particles follow pi."""

@@ -46,7 +46,7 @@ TRANSITIONS = 6_000_000
 
 
 def run(config: Any, task: Task, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Sampled MRPG (or the simultaneous baseline) on the task's game: errors and exploitability of every seed."""
+    """Sampled MRPG on the task's game: errors and exploitability of every seed."""
     teams = config.copy(copy_frozen=False).training(**task.env_config).teams()
     S, games = len(seeds), teams.games
     batched = LQGame(*(part.expand(S, *part.shape) for part in games))

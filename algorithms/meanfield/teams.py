@@ -11,6 +11,7 @@ from ray import tune
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torch import Tensor
 
+from mobula.algorithms.common.meanfield.spaces import PartlyWhole
 from mobula.envs.meanfield import lq_teams
 from mobula.envs.meanfield.lq_teams import LQTeams
 from mobula.errors import ConfigError, DataError
@@ -100,6 +101,12 @@ class LQTeamsConfig(MethodConfig):
 
 class LQTeamsModule(TensorModule):
     """Policies of every team.  Observation [team, t, x (n), xbar (n)], team from 0; the action is the team's stacked input [p]."""
+
+    observation_space: Any
+
+    def setup(self) -> None:
+        """Team and step are whole numbers, in what the space draws too."""
+        self.observation_space = PartlyWhole(self.observation_space, [0, 1])
 
     def read(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(team, t [...], deviation, mean [..., n]) of observations [..., 2 + 2 n]; DataError where team or t is none."""

@@ -19,6 +19,7 @@ from mobula.envs.meanfield import graphon
 from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.errors import ConfigError, DataError
 from mobula.files import replaced_folder
+from mobula.metrics import gather
 
 CONTINUUM_CELLS = 200
 
@@ -121,7 +122,9 @@ def simulate(
     else:
         task = ray.remote(num_cpus=1)(_episodes)
         shares = [indices[i::workers] for i in range(min(workers, L))]
-        answers = ray.get([task.remote(game, graphon_, labels, s, population, seed, policy) for s in shares])
+        answers = gather(
+            [task.remote(game, graphon_, labels, s, population, seed, policy) for s in shares], "episodes"
+        )
         order = torch.tensor([i for share in shares for i in share]).argsort()
         state, action, reward, following = (
             torch.cat(columns)[order] for columns in zip(*answers, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from mobula.errors import ConfigError, DataError, nearest
+
+
+def symmetric(x: Tensor) -> Tensor:
+    """(X + X') / 2."""
+    return (x + x.mT) / 2
 
 
 class LQGame(NamedTuple):
@@ -97,7 +102,7 @@ def lq_game(
     if R_cross is not None:
         weights += _over_time(R_cross, 4, horizon)
 
-    def symmetric(x: Tensor) -> Tensor:
+    def is_symmetric(x: Tensor) -> Tensor:
         return ((x - x.mT).abs() <= 1e-12 + 1e-5 * x.abs()).all(-1).all(-1)
 
     def refuse(good: Tensor, says: str) -> None:
@@ -107,16 +112,33 @@ def lq_game(
             step = "" if bool((~good[tuple(team)]).all()) else f" at t={t}"
             raise ConfigError(says.format(*(k + 1 for k in team)) + step)
 
-    refuse(symmetric(Q), f"Q{bar} of team {{}} is not symmetric")
+    refuse(is_symmetric(Q), f"Q{bar} of team {{}} is not symmetric")
     definite = torch.linalg.eigvalsh(R)[..., 0] > 0
-    refuse(symmetric(R) & definite, f"R{bar} of team {{}} is not symmetric and positive definite")
+    refuse(is_symmetric(R) & definite, f"R{bar} of team {{}} is not symmetric and positive definite")
     refuse(
         (weights.diagonal(dim1=0, dim2=1) == 0).all(-2).all(-2).mT,
         f"R_cross{bar} of team {{}} on its own inputs is not 0: R{bar} holds that weight",
     )
-    refuse(symmetric(weights), f"R_cross{bar} of team {{}} on the inputs of team {{}} is not symmetric")
+    refuse(is_symmetric(weights), f"R_cross{bar} of team {{}} on the inputs of team {{}} is not symmetric")
     weights[range(players), range(players)] = R
     return LQGame(A, B, Q, weights)
+
+
+def root(cov: Tensor) -> Tensor:
+    """L [..., n, n] with L L' = cov: Cholesky, or the symmetric root where a covariance is singular (no noise in some direction)."""
+    L, info = torch.linalg.cholesky_ex(cov)
+    if not bool(info.any()):
+        return L
+    values, vectors = torch.linalg.eigh(cov)
+    return (vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def _own_blocks(players: int, p: int, n: int, blocks: int) -> Tensor:
+    """[2, N, p, n] entries of gains of the layout "teams": inputs on a population read the deviation of its own agent alone."""
+    mask = torch.ones(2, players, p, n, dtype=torch.bool)
+    input_of, state_of = torch.arange(p) * blocks // p, torch.arange(n) * blocks // n
+    mask[0] = input_of[:, None] == state_of
+    return mask
 
 
 def _f64(data: Any) -> Tensor:
@@ -187,10 +209,6 @@ def g3(horizon: int = 20) -> LQTeams:
     )
     R = torch.stack([torch.diag(_f64([0.5, 4.0])), torch.diag(_f64([4.0, 0.5]))])
     eye = torch.eye(4, dtype=torch.float64)
-    mask = torch.ones(2, 2, 2, 4, dtype=torch.bool)
-    # Inputs on population k read the deviation of that population's agent alone.
-    mask[0, :, 0, 2:] = False
-    mask[0, :, 1, :2] = False
     return LQTeams(
         f"G3(T={horizon})",
         LQGame.stack([lq_game(A, B, Q, R, horizon), lq_game(A, B, Q_bar, R, horizon)]),
@@ -198,23 +216,29 @@ def g3(horizon: int = 20) -> LQTeams:
         torch.stack([eye, eye]),
         eye,
         _f64([1.0, 0.0, -1.0, 0.0]),
-        mask,
+        _own_blocks(2, 2, 4, 2),
         blocks=2,
     )
 
 
 NAMES = ("A", "B", "Q", "R", "A_bar", "B_bar", "Q_bar", "R_bar", "Sigma", "Sigma0")
-OPTIONAL = ("R_cross", "R_cross_bar")
+OPTIONAL = ("R_cross", "R_cross_bar", "Sigma_y", "Sigma_xbar", "start_cov", "start_mean")
 
 
 def load_game(path: str | Path) -> LQTeams:
-    """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon` T, layout "stacked".
+    """A game from a .npz or .json file with the arrays `NAMES` and the number `horizon` T.
 
     A, A_bar, Sigma, Sigma0 [n, n], B, B_bar [N, n, p], Q, Q_bar [N, n, n], R, R_bar [N, p, p]; Q_bar and R_bar are the whole
     weights of the means, A_bar and B_bar increments.  Optional (default 0): R_cross, R_cross_bar [N, N, p, p], entry (i, j) the
     weight of team j's input in team i's cost, nothing at i = j.
-    Every array but Sigma and Sigma0 may have one more axis in front, time: T steps, for Q and Q_bar T + 1.
-    Raises DataError where one is missing, unknown, NaN or of another shape, ConfigError for weights that `lq_game` refuses.
+    Each of these arrays but Sigma and Sigma0 may have one more axis in front, time: T steps, for Q and Q_bar T + 1.
+    Optional too: the covariances that rollouts are reset to, Sigma_y and Sigma_xbar [n, n] (default: the identity), and what a play
+    begins with, start_cov [n, n] of the deviations (default: the identity) and start_mean [n] (default: 0).
+    `blocks` (default 1, the layout "stacked") is the number of populations of the layout "teams": states and inputs are that many
+    equal stretches, population by population, deviations of different populations have nothing to do with each other (A, B, Q, R
+    and Sigma are block-diagonal; Sigma_y and start_cov as well), and inputs on one of them read its own deviation alone.
+    Raises DataError where an array is missing, unknown, NaN or of another shape, ConfigError for weights that `lq_game` refuses, for
+    covariances that are none (those of resets must not be singular), and for blocks that are not blocks.
     """
     path = Path(path)
     try:
@@ -224,7 +248,7 @@ def load_game(path: str | Path) -> LQTeams:
             with np.load(path, allow_pickle=False) as file:
                 data = {name: file[name] for name in file.files}
         arrays = {name: _f64(data[name]) for name in (*NAMES, *(k for k in OPTIONAL if k in data))}
-        horizon = int(data["horizon"])
+        horizon, blocks = int(data["horizon"]), int(data.get("blocks", 1))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except KeyError as error:
@@ -232,7 +256,7 @@ def load_game(path: str | Path) -> LQTeams:
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"{path} cannot be read as arrays of numbers: {error}") from error
     # A misspelled optional array would be another game without a word.
-    known = (*NAMES, *OPTIONAL, "horizon")
+    known = (*NAMES, *OPTIONAL, "horizon", "blocks")
     for name in data:
         if name not in known:
             raise DataError(f"{path}: {name} is no part of a game.{nearest(name, known)}")
@@ -250,11 +274,12 @@ def load_game(path: str | Path) -> LQTeams:
         "Q": (players, n, n),
         "R": (players, p, p),
         "R_cross": (players, players, p, p),
+        "start_mean": (n,),
     }
     for name, array in arrays.items():
         kind = name.removesuffix("_bar")
         fitting = [shapes.get(kind, (n, n))]
-        if kind in shapes:
+        if kind in shapes and name != "start_mean":
             fitting.append((horizon + (kind == "Q"), *fitting[0]))
         if tuple(array.shape) not in fitting or not bool(array.isfinite().all()):
             raise DataError(
@@ -272,15 +297,55 @@ def load_game(path: str | Path) -> LQTeams:
         bar="_bar",
     )
     eye = torch.eye(n, dtype=torch.float64)
-    return LQTeams(
+    covariances = {name: arrays.get(name, eye) for name in ("Sigma", "Sigma0", *OPTIONAL[2:5])}
+    for name, cov in covariances.items():
+        _check_covariance(f"{path}: {name}", cov, regular=name in ("Sigma_y", "Sigma_xbar"))
+    teams = LQTeams(
         path.stem,
         LQGame.stack([deviation, mean]),
-        torch.stack([arrays["Sigma"], arrays["Sigma0"]]),
-        torch.stack([eye, eye]),
-        eye,
-        torch.zeros(n, dtype=torch.float64),
+        torch.stack([covariances["Sigma"], covariances["Sigma0"]]),
+        torch.stack([covariances["Sigma_y"], covariances["Sigma_xbar"]]),
+        covariances["start_cov"],
+        arrays.get("start_mean", torch.zeros(n, dtype=torch.float64)),
         torch.ones(2, players, p, n, dtype=torch.bool),
     )
+    return teams if blocks == 1 else _in_blocks(teams, blocks, path)
+
+
+def _check_covariance(name: str, cov: Tensor, regular: bool) -> None:
+    smallest, largest = (float(x) for x in torch.linalg.eigvalsh(symmetric(cov))[[0, -1]])
+    if not torch.allclose(cov, cov.mT, rtol=1e-5, atol=1e-12) or smallest < -1e-10 * max(largest, 1.0):
+        raise ConfigError(f"{name} is no covariance: it must be symmetric, without negative eigenvalues")
+    if regular and smallest <= 1e-10 * largest:
+        raise ConfigError(
+            f"{name} is singular: rollouts must be reset to every direction, or no gain can be learned"
+        )
+
+
+def _in_blocks(teams: LQTeams, blocks: int, path: Path) -> LQTeams:
+    """The game in the layout "teams"."""
+    A, B, Q, R = (part[0] for part in teams.games)
+    n, players, p = A.shape[-1], B.shape[0], B.shape[-1]
+    if blocks < 1 or n % blocks or p % blocks:
+        raise DataError(
+            f"{path}: blocks is {blocks}; {n} states and {p} inputs a team must be so many equal stretches"
+        )
+    state, put = torch.arange(n) * blocks // n, torch.arange(p) * blocks // p
+    parts = {
+        "A": (A, state, state),
+        "B": (B, state, put),
+        "Q": (Q, state, state),
+        "R": (R, put, put),
+        "Sigma": (teams.noise[0], state, state),
+        "Sigma_y": (teams.reset[0], state, state),
+        "start_cov": (teams.start_cov, state, state),
+    }
+    for name, (array, rows, columns) in parts.items():
+        if bool((array != 0)[..., rows[:, None] != columns].any()):
+            raise ConfigError(
+                f"{path}: {name} couples the deviations of different populations; with blocks={blocks} it is block-diagonal"
+            )
+    return replace(teams, mask=_own_blocks(players, p, n, blocks), blocks=blocks)
 
 
 # Finite populations -----------------------------------------------------------------------------------------
@@ -303,8 +368,8 @@ def play(teams: LQTeams, K: Tensor, sizes: int | Sequence[int], *, rollouts: int
     most = max(counts)
     members = torch.arange(most)[:, None] < torch.tensor(counts).repeat_interleave(n // teams.blocks)[None]
     weight = members.double() / members.sum(0)
-    own, common = (torch.linalg.cholesky(c) for c in teams.noise)
-    begin = torch.linalg.cholesky(teams.start_cov)
+    own, common = (root(c) for c in teams.noise)
+    begin = root(teams.start_cov)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, n, dtype=torch.float64, generator=g)

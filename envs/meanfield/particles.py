@@ -25,21 +25,27 @@ class Particles:
     """The agents of some blocks: label [n] float32, state [n] int16 each."""
 
     def __init__(
-        self, blocks: Sequence[tuple[int, int]], mu0: Tensor, pi: Tensor, agents: int, seed: int
+        self, blocks: Sequence[tuple[int, int, int]], mu0: Tensor, pi: Tensor, agents: int, seed: int
     ) -> None:
         """blocks: (index, first agent, agents) of each; mu0 [M, S] initial laws; pi [M, H, S, A]."""
-        self.blocks, self.seed = list(blocks), seed
-        M, S = mu0.shape
-        self.cells, self.states = M, S
-        self.policy = pi
-        self.label, self.cell, self.state = [], [], []
-        first = mu0.cumsum(-1)[:, :-1].float()
-        for index, start, count in self.blocks:  # type: ignore[misc]
+        self.blocks = list(blocks)
+        self.cells, self.states = mu0.shape
+        self.label, self.cell = [], []
+        for _, start, count in self.blocks:
             label = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) / agents
-            cell = (label * M).to(torch.int32).clamp_(max=M - 1)
             self.label.append(label.float())
-            self.cell.append(cell)
-            self.state.append(_draw(first, cell, generator(self.seed, index, 0)).to(torch.int16))
+            self.cell.append((label * self.cells).to(torch.int32).clamp_(max=self.cells - 1))
+        self.restart(mu0, pi, seed)
+
+    def restart(self, mu0: Tensor, pi: Tensor, seed: int) -> list[Tensor]:
+        """Everybody begins anew in a draw of mu0, and follows pi from now on; then `histograms`."""
+        self.policy, self.seed = pi, seed
+        first = mu0.cumsum(-1)[:, :-1].float()
+        self.state = [
+            _draw(first, cell, generator(seed, index, 0)).to(torch.int16)
+            for (index, _, _), cell in zip(self.blocks, self.cell, strict=True)
+        ]
+        return self.histograms()
 
     def histograms(self) -> list[Tensor]:
         """Counts [M, S] of each block."""
@@ -54,7 +60,7 @@ class Particles:
         S, A = self.states, self.policy.shape[-1]
         act = self.policy[:, h].cumsum(-1)[..., :-1].reshape(-1, A - 1).float()
         move = P.cumsum(-1)[..., :-1].reshape(-1, S - 1).float()
-        for k, (index, _, _) in enumerate(self.blocks):  # type: ignore[misc]
+        for k, (index, _, _) in enumerate(self.blocks):
             g = generator(self.seed, index, h + 1)
             row = self.cell[k] * S + self.state[k]
             self.state[k] = _draw(move, row * A + _draw(act, row, g), g).to(torch.int16)
@@ -66,7 +72,7 @@ class Particles:
 
     def put(self, states: Sequence[np.ndarray[Any, Any]]) -> list[None]:
         """Sets the states of all blocks of the population; each holder takes its own."""
-        for k, (index, _, _) in enumerate(self.blocks):  # type: ignore[misc]
+        for k, (index, _, _) in enumerate(self.blocks):
             self.state[k] = torch.from_numpy(states[index].astype(np.int16))
         return [None] * len(self.blocks)
 
@@ -112,6 +118,11 @@ class ParticlePopulation:
     def mass(self) -> Tensor:
         """Share of all agents in every cell and state, [M, S]."""
         return self._now
+
+    def restart(self, game: FiniteMFG, pi: Tensor, seed: int) -> None:
+        """Everybody at the beginning of the game (of as many cells, states and actions) under pi: what a new population would be."""
+        self.game, self.seed, self.h = game, seed, 0
+        self._now = self._sum(self.spread.call("restart", game.mu0, pi, seed))
 
     def advance(self) -> Tensor:
         """One step of the game; the new mass [M, S]."""

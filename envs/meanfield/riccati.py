@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mobula.envs.meanfield.lq_teams import LQGame
+from mobula.envs.meanfield.lq_teams import LQGame, symmetric
 from mobula.errors import ConfigError
 
 
@@ -24,11 +24,6 @@ class Equilibrium(NamedTuple):
     sigma_min: Tensor
     min_real: Tensor
     margin: Tensor
-
-
-def symmetric(x: Tensor) -> Tensor:
-    """(X + X') / 2."""
-    return (x + x.mT) / 2
 
 
 def stage(game: LQGame, t: int, P: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mobula.envs.meanfield.blocks import BLOCK, Spread, generator, sizes
-from mobula.envs.meanfield.lq_teams import LQTeams
+from mobula.envs.meanfield.lq_teams import LQTeams, root
 from mobula.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ class Blocks:
         self.teams, self.blocks, self.seed = teams, list(blocks), seed
         games = teams.games
         self.closed = games.A[0] - (games.B[0] @ K[0]).sum(0)
-        self.own = torch.linalg.cholesky(teams.noise[0])
-        begin = torch.linalg.cholesky(teams.start_cov)
+        self.own = root(teams.noise[0])
+        begin = root(teams.start_cov)
         self.x = [
             teams.start_mean + self._normal(index, 0, agents) @ begin.mT for index, agents in self.blocks
         ]
@@ -67,7 +67,7 @@ def play_sharded(
         return first, second - torch.outer(first, first)
 
     g = torch.Generator().manual_seed(seed)
-    common = torch.linalg.cholesky(teams.noise[1])
+    common = root(teams.noise[1])
     mean, cov = gather("sums")
     means, covs = [mean], [cov]
     costs = torch.zeros(games.players, dtype=torch.float64)

@@ -36,6 +36,33 @@ def test_the_epidemic_of_the_specification() -> None:
         np.testing.assert_allclose(graphon.exploitability(game, pi, lam), value, atol=1e-10)
 
 
+def test_investment_and_beach_bar_by_hand() -> None:
+    """Entries of their transitions and rewards, from the specification's sentences."""
+    W = torch.ones(1, 1, dtype=torch.float64)
+    firms = graphon.investment(W)
+    z = torch.zeros(1, 10, dtype=torch.float64)
+    z[0, 2] = 0.5
+    P, r = (part[0] for part in firms.model(0, z))
+    assert [P[s, 1, s + 1].item() for s in (0, 4, 8)] == pytest.approx([0.9, 0.5, 0.1])
+    assert [P[s, u, s].item() for s, u in ((0, 1), (4, 0), (8, 1), (9, 0), (9, 1))] == pytest.approx(
+        [0.1, 1.0, 0.9, 1.0, 1.0]
+    )
+    # 1 + 2 times 0.5 of the neighbourhood.
+    assert r[4].tolist() == pytest.approx([0.3 * 4 / 2, 0.3 * 4 / 2 - 2])
+    assert (firms.horizon, firms.mu0[0].tolist()) == (50, [1.0] + [0.0] * 9)
+    bar = graphon.beach_bar(W)
+    z[0, 0], z[0, 6] = 0.24, 0.99
+    P, r = (part[0] for part in bar.model(0, z))
+    assert P[9, 2, [9, 0, 1]].tolist() == pytest.approx([0.05, 0.9, 0.05])
+    assert P[0, 0, [8, 9, 0]].tolist() == pytest.approx([0.05, 0.9, 0.05])
+    assert P[5, 1, [4, 5, 6]].tolist() == pytest.approx([0.05, 0.9, 0.05])
+    assert r[0].tolist() == pytest.approx(
+        [-0.6 - math.log(0.25), -0.5 - math.log(0.25), -0.6 - math.log(0.25)]
+    )
+    assert r[6].tolist() == pytest.approx([-0.2, -0.1, -0.2])
+    assert (bar.horizon, bar.mu0[0].tolist()) == (10, [0.1] * 10)
+
+
 @pytest.mark.parametrize("make", [graphon.sis, graphon.investment, graphon.beach_bar])
 def test_models_are_laws_and_mass_is_kept(make: object) -> None:
     game = make(graphon.matrix(SBM, graphon.cells(10)), 6)  # type: ignore[operator]
@@ -185,6 +212,33 @@ def test_reference_solvers_approach_equilibria(step: solvers.Step, lam: float, b
     result = solvers.solve(game, step, 200, lam=lam, every=50)
     assert result.steps == [50, 100, 150, 200]
     assert float(result.exploitability[-1]) < min(bound, start)
+
+
+def test_steps_move_the_flow_by_their_damping() -> None:
+    """From a policy and a flow that do not belong together: 0.2 of the way to the new policy's own flow, 0.8 of the old one."""
+    game = graphon.sis(graphon.matrix(SBM, graphon.cells(10)), 6)
+    old, pi = graphon.flow(game, some_policy(game, 1)), some_policy(game, 2)
+    state = solvers.State(pi, old, torch.zeros_like(pi), 0)
+    Q, _ = graphon.evaluate(game, pi, old, 0.4)
+    floored = 0.9 * solvers.proximal(Q, pi, 0.7, 0.4) + 0.1 / 2
+    answer, _ = graphon.best_response(game, old, 0.4)
+    for step, policy in (
+        (solvers.gmfg_ppo(0.4, 0.7, 0.2, 0.1), floored),
+        (solvers.fixed_point(0.4, damping=0.2), answer),
+    ):
+        found = step(game, state)
+        torch.testing.assert_close(found.policy, policy)
+        torch.testing.assert_close(found.flow, 0.8 * old + 0.2 * graphon.flow(game, policy))
+
+
+def test_fictitious_play_answers_the_mean_of_the_flows() -> None:
+    """Of the responses alone, every one of the same weight: the start counts only for the first answer."""
+    game = graphon.sis(graphon.matrix(SBM, graphon.cells(10)), 6)
+    step, state, flows = solvers.fictitious_play(0.4), solvers.initial(game), []
+    for _ in range(4):
+        flows.append(graphon.flow(game, graphon.best_response(game, state.flow, 0.4)[0]))
+        state = step(game, state)
+        torch.testing.assert_close(state.flow, torch.stack(flows).mean(0))
 
 
 def test_boltzmann_iteration_settles_at_a_large_temperature() -> None:

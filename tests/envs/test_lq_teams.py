@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,16 @@ def scalar_game(seed: int = 0, horizon: int = 2) -> LQGame:
     R = torch.zeros(2, 2, horizon, 1, 1, dtype=torch.float64)
     R[0, 0], R[1, 1], R[0, 1] = positive(horizon, 1, 1), positive(horizon, 1, 1), 0.3
     return LQGame(positive(horizon, 1, 1), positive(2, horizon, 1, 1), positive(2, horizon + 1, 1, 1), R)
+
+
+def uneven(teams: lq_teams.LQTeams) -> lq_teams.LQTeams:
+    """The game with matrices that differ at every step."""
+    g = torch.Generator().manual_seed(4)
+
+    def changed(part: torch.Tensor) -> torch.Tensor:
+        return part * (1 + 0.4 * torch.rand(part.shape[-3], 1, 1, dtype=torch.float64, generator=g))
+
+    return replace(teams, games=LQGame(*map(changed, teams.games)))
 
 
 def brute_cost(game: LQGame, K: np.ndarray, player: int, moment: float, noise: float) -> float:
@@ -108,9 +119,30 @@ def test_the_fleets_are_those_of_the_specification() -> None:
     assert all(1.5 < margin < 2.6 for margin in margins)
 
 
+def test_what_is_reported_of_the_stage_matrices_by_hand() -> None:
+    """Two inputs for team 1, one step: Phi = diag(R) + B'B, entry by entry in numpy, its rows unlike its columns."""
+    rng = np.random.default_rng(3)
+    A, B = rng.normal(size=(3, 3)), rng.normal(size=(2, 3, 2))
+    Q, R = (
+        np.stack([np.diag([1.0, 4.0, 0.2]), np.diag([0.3, 0.1, 2.0])]),
+        np.stack([np.diag([3.0, 1.0]), np.eye(2)]),
+    )
+    game = lq_teams.lq_game(*(torch.tensor(x) for x in (A, B, Q, R)), 1)
+    found = riccati.nash(game)
+    blocks = [[B[i].T @ Q[i] @ B[j] + (R[i] if i == j else 0) for j in range(2)] for i in range(2)]
+    Phi = np.block(blocks)
+    norm = lambda x: np.linalg.norm(x, 2)  # noqa: E731
+    margins = [np.linalg.svd(blocks[i][i])[1].min() - norm(blocks[i][1 - i]) for i in range(2)]
+    columns = [np.linalg.svd(blocks[i][i])[1].min() - norm(blocks[1 - i][i]) for i in range(2)]
+    assert abs(min(margins) - min(columns)) > 0.1
+    assert float(found.margin[0]) == pytest.approx(min(margins))
+    assert float(found.sigma_min[0]) == pytest.approx(np.linalg.svd(Phi)[1].min())
+    assert float(found.min_real[0]) == pytest.approx(np.linalg.eigvals(Phi).real.min())
+
+
 @pytest.mark.parametrize("name", ["g1", "g3"])
 def test_finite_populations_cost_what_the_recursion_says(name: str) -> None:
-    teams = getattr(lq_teams, name)()
+    teams = uneven(getattr(lq_teams, name)(horizon=5))
     K = riccati.nash(teams.games).K
     for agents in (2, 7):
         cost = lq_teams.play(teams, K, agents, rollouts=6000, seed=agents)
@@ -150,11 +182,27 @@ def test_shards_change_nothing_and_agree_with_the_limit(ray_session: None) -> No
 
 
 def test_sharded_costs_agree_with_the_recursion() -> None:
-    teams = lq_teams.g1(horizon=3)
+    teams = uneven(lq_teams.g1(horizon=3))
     K = riccati.nash(teams.games).K
     costs = torch.stack([play_sharded(teams, K, 20, seed=s)["costs"] for s in range(1500)])
     wanted = riccati.finite_costs(teams.games, K, teams.noise, teams.start_cov, teams.start_mean, 20)
     assert bool(((costs.mean(0) - wanted).abs() < 4 * costs.std(0) / 1500**0.5).all())
+
+
+def test_without_noise_a_population_follows_the_closed_loop() -> None:
+    """All agents begin at the mean and nothing moves them apart: costs are those of one path, to rounding."""
+    teams = uneven(lq_teams.g3(horizon=4))
+    teams = replace(teams, noise=0 * teams.noise, start_cov=0 * teams.start_cov)
+    K = riccati.nash(teams.games).K + 0.1
+    x, path = teams.start_mean, [teams.start_mean]
+    for t in range(4):
+        x = (teams.games.A[1, t] - sum(teams.games.B[1, j, t] @ K[1, j, t] for j in range(2))) @ x
+        path.append(x)
+    shards = play_sharded(teams, K, 30, block=7)
+    torch.testing.assert_close(shards["means"], torch.stack(path))
+    wanted = riccati.finite_costs(teams.games, K, teams.noise, teams.start_cov, teams.start_mean, 30)
+    torch.testing.assert_close(shards["costs"], wanted)
+    torch.testing.assert_close(lq_teams.play(teams, K, 5, rollouts=2), wanted.expand(2, 2))
 
 
 def written(path: Path, **changes: object) -> Path:
@@ -317,6 +365,59 @@ def test_simulated_costs_take_the_cross_weights(tmp_path: Path) -> None:
     cost = lq_teams.play(teams, K, 5, rollouts=6000, seed=1)
     wanted = riccati.finite_costs(teams.games, K, teams.noise, teams.start_cov, teams.start_mean, 5)
     assert bool(((cost.mean(0) - wanted).abs() < 4 * cost.std(0) / 6000**0.5).all())
+
+
+def fleets(path: Path, **changes: object) -> Path:
+    """G3 as a file."""
+    teams = lq_teams.g3(horizon=3)
+    (A, A_mean), (B, B_mean), (Q, Q_bar), (R, R_bar) = teams.games
+    data = {
+        "A": A[0], "A_bar": A_mean[0] - A[0], "B": B[:, 0], "B_bar": B_mean[:, 0] - B[:, 0],
+        "Q": Q[:, 0], "Q_bar": Q_bar[:, 0], "R": R[[0, 1], [0, 1], 0], "R_bar": R_bar[[0, 1], [0, 1], 0],
+        "Sigma": teams.noise[0], "Sigma0": teams.noise[1], "start_mean": teams.start_mean, "horizon": 3, "blocks": 2,
+    }  # fmt: skip
+    np.savez(path, **{k: np.asarray(v) for k, v in (data | changes).items() if v is not None})
+    return path
+
+
+def test_populations_from_a_file_are_those_of_the_built_in_game(tmp_path: Path) -> None:
+    wanted, teams = lq_teams.g3(horizon=3), lq_teams.load_game(fleets(tmp_path / "g3.npz"))
+    for mine, theirs in zip(teams.games, wanted.games, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(teams.mask, wanted.mask) and teams.blocks == 2
+    assert teams.mask[0, 1].tolist() == [[True, True, False, False], [False, False, True, True]]
+    K = riccati.nash(teams.games).K
+    costs = [lq_teams.play(game, K, [2, 9], rollouts=20, seed=1) for game in (teams, wanted)]
+    torch.testing.assert_close(*costs)
+    other = np.diag([1.0, 2.0, 3.0, 4.0])
+    teams = lq_teams.load_game(
+        fleets(tmp_path / "g3.npz", Sigma_y=other, Sigma_xbar=2 * other, start_cov=3 * other)
+    )
+    assert [torch.diagonal(c)[1].item() for c in (*teams.reset, teams.start_cov)] == [2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"Sigma0": -0.1 * np.eye(4)}, ConfigError, "Sigma0 is no covariance"),
+        ({"Sigma": np.eye(4) + np.eye(4, k=1)}, ConfigError, "Sigma is no covariance"),
+        ({"Sigma_y": np.diag([1.0, 1.0, 1.0, 0.0])}, ConfigError, "Sigma_y is singular"),
+        ({"Sigma_xbar": np.zeros((4, 4))}, ConfigError, "Sigma_xbar is singular"),
+        ({"Sigma": np.eye(4) + 0.5}, ConfigError, "Sigma couples the deviations of different populations"),
+        ({"A": np.eye(4) + np.eye(4, k=2)}, ConfigError, "A couples the deviations"),
+        ({"B": np.ones((2, 4, 2))}, ConfigError, "B couples the deviations"),
+        ({"start_cov": np.eye(4) + 0.5}, ConfigError, "start_cov couples the deviations"),
+        ({"blocks": 3}, DataError, "blocks is 3; 4 states and 2 inputs"),
+        ({"blocks": 0}, DataError, "blocks is 0"),
+        ({"start_mean": np.zeros(3)}, DataError, r"start_mean is \(3,\); finite numbers \(4,\) are needed"),
+        ({"start_mean": np.zeros((3, 4))}, DataError, r"start_mean is \(3, 4\); finite numbers \(4,\)"),
+    ],
+)
+def test_covariances_and_blocks_that_are_refused(
+    tmp_path: Path, changes: dict[str, object], error: type, says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        lq_teams.load_game(fleets(tmp_path / "g3.npz", **changes))
 
 
 @pytest.mark.parametrize(

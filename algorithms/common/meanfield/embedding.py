@@ -18,7 +18,7 @@ number of samples.  Cost of one loss: O(T m N^2) evaluations of the kernel for T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -360,8 +360,8 @@ def _among(table: Table, weights: Tensor, anchors: Anchors, width: Tensor) -> Te
 
 
 def _rest(table: Table, W: Tensor, fit: Fit) -> Iterator[Tensor]:
-    """Residuals [..., c, N, d + 1] of other rows than those of the fit, block by block."""
-    weights = table.weights(W)
+    """Residuals [..., c, N, d + 1] of other rows than those of the fit, block by block, under the kernel k of the fit."""
+    table, weights = replace(table, ground=fit.ground), table.weights(W)
     for times in table.blocks(len(fit.anchors.own)):
         apart = distances(table, weights, fit.anchors, times)
         K = (apart / (-2 * fit.width[..., None, None, None].square())).exp()

@@ -26,6 +26,7 @@ from mobula.envs.meanfield.continuous import Bins, ContinuousLogs
 from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.envs.meanfield.logs import Logs
 from mobula.errors import ConfigError, DataError
+from mobula.metrics import gather
 
 LARGEST_EXACT = 8
 """Agents up to which every permutation of unknown positions is tried."""
@@ -37,7 +38,8 @@ class Settings:
 
     gamma, sigma  ridge, and width of the kernel in median distances of z
     inducing, kernel  points of the Nystroem approximation; "product" or "embedding" (for continuous logs: embedding)
-    ground    continuous logs: the kernel on states and actions (default: Gaussian, `embedding.gaussian_ground`)
+    ground_width  continuous logs: width of the Gaussian kernel k on states and actions, in standard deviations of each coordinate
+    ground    continuous logs: another kernel k in its place
     restarts  starts of the search; hidden positions get twice as many
     held_out  share of the episodes that classes, gamma and sigma are judged on
     bandwidth whether gamma and sigma are chosen (by factors of 10 and 2) on the held-out episodes
@@ -52,6 +54,7 @@ class Settings:
     bandwidth: bool = True
     iterations: int = 60
     seed: int = 0
+    ground_width: float = 3.0
     ground: embedding.Ground | None = None
 
 
@@ -158,8 +161,9 @@ class Search:
         s = self.settings
         if isinstance(self.logs, ContinuousLogs):
             if self._rows is None:
+                ground = s.ground or embedding.gaussian_ground(self.logs, s.ground_width)
                 self._rows = embedding.tabulate(
-                    self.logs, units, inducing=s.inducing, kernel=s.kernel, seed=s.seed, ground=s.ground
+                    self.logs, units, inducing=s.inducing, kernel=s.kernel, seed=s.seed, ground=ground
                 )
             # Rows of agents, whatever their units: the kernel values are shared.
             return replace(self._rows, units=units)
@@ -509,7 +513,7 @@ def spread(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], worker
     if workers == 0:
         return [function(*job) for job in jobs]
     task = ray.remote(num_cpus=1)(function)
-    answers: list[Any] = ray.get([task.remote(*job) for job in jobs])
+    answers: list[Any] = gather([task.remote(*job) for job in jobs], "fits")
     return answers
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mobula.algorithms.meanfield.teams import LQTeamsConfig, LQTeamsModule
 from mobula.envs.meanfield import riccati
-from mobula.envs.meanfield.lq_teams import LQGame, LQTeams
+from mobula.envs.meanfield.lq_teams import LQGame, LQTeams, root
 from mobula.errors import TrainingFault
 from mobula.learning.batched import Adam, BatchedMLP, cosine, generators, polyak
 from mobula.learning.learners import Learner
@@ -120,7 +120,7 @@ def exploitability(
     batched = LQGame(*(part.expand(S, *part.shape) for part in games))
     answers = torch.stack([riccati.best_response(batched, K, i)[0] for i in range(N)], -4)
     T, n = games.horizon, games.A.shape[-1]
-    begin, shock = torch.linalg.cholesky(teams.start_cov), torch.linalg.cholesky(teams.noise)
+    begin, shock = root(teams.start_cov), root(teams.noise)
     z = torch.stack(
         [
             torch.randn(rollouts, n, dtype=torch.float64, generator=generator) @ begin.mT,
@@ -178,7 +178,7 @@ class World:
     def __init__(self, teams: LQTeams, envs: int, streams: Streams) -> None:
         self.teams, self.streams = teams, streams
         self.shape = (2, envs, teams.games.A.shape[-1])
-        self.reset, self.shock = (torch.linalg.cholesky(c).mT for c in (teams.reset, teams.noise))
+        self.reset, self.shock = (root(c).mT for c in (teams.reset, teams.noise))
         self.t, self.z = self._begin()
 
     def _begin(self) -> tuple[Tensor, Tensor]:
@@ -310,6 +310,7 @@ class MADDPGModule(LQTeamsModule):
     mask: Tensor
 
     def setup(self) -> None:
+        super().setup()
         c: dict[str, Any] = dict(self.model_config)
         self.about = c
         S, N, p, n, T, hidden = (c[name] for name in ("seeds", "players", "p", "n", "horizon", "hidden"))

@@ -194,6 +194,35 @@ def test_the_objective_is_that_of_kernel_ridge_regression() -> None:
     torch.testing.assert_close(both, torch.stack([value, alone]))
 
 
+def test_other_rows_are_judged_by_the_kernel_of_the_fit() -> None:
+    """Held-out logs of another spread, whose own widths would differ: their loss is that of the fit's predictions, row by row."""
+    logs, other = crowd(N=4, L=4, H=2), crowd(N=4, L=3, H=2, seed=9)
+    other = replace(other, state=2.5 * other.state)
+    W, units = graphon.matrix(SBM, graphon.cells(4)), torch.arange(4)
+    _, fit = embedding.solve(embedding.tabulate(logs, units, inducing=20), W, gamma=1e-3, sigma=1.0)
+    table = embedding.tabulate(other, units, inducing=20)
+    off, errors = table.weights(W), torch.zeros(6, 4, dtype=torch.float64)
+    for t in range(6):
+        for i in range(4):
+            mean, r = fit.predict(table.own[t, i : i + 1], table.state[t], off[i])
+            errors[t, i] = (torch.cat([mean[0], r]) - table.target[t, i]).square().sum()
+    assert float(embedding.loss_on(table, W, fit)) == pytest.approx(float(errors.mean()))
+    torch.testing.assert_close(embedding.own_errors(table, W, fit, 4), errors.sum(0))
+
+
+def test_the_width_of_the_kernel_is_a_setting() -> None:
+    """In standard deviations of each coordinate; another kernel takes its place."""
+    logs = crowd(N=4, L=3, H=2)
+    given = {
+        width: Search(logs, Settings(kernel="embedding", ground_width=width)).rows(torch.arange(4)).ground
+        for width in (2.0, 6.0)
+    }
+    spread = logs.state.std(correction=0)
+    for width, ground in given.items():
+        assert ground.other.widths[0] == pytest.approx(width * float(spread))
+        assert ground.own.widths[1] == pytest.approx(width * float(logs.action.std(correction=0)))
+
+
 @pytest.mark.parametrize(
     "shape", [Shape("sbm", (0.65,), (0.3, -0.4, 0.9)), Shape("exp", (), (0.4,))], ids=["sbm", "exp"]
 )
@@ -252,9 +281,8 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) 
 def test_blocks_are_recovered(seed: int) -> None:
     """Planted block values (0.9, 0.3, 0.1), of which the data tell the ratios: to 0.03, the border to the agent, noise to 30 % (what the fit leaves is in it)."""
     logs = simulate_linear(CROWD, SBM, 12, 40, 3, seed=seed)
-    ground = embedding.gaussian_ground(logs, 6.0)
     settings = Settings(
-        kernel="embedding", inducing=60, bandwidth=False, gamma=1e-9, seed=seed, ground=ground
+        kernel="embedding", inducing=60, bandwidth=False, gamma=1e-9, seed=seed, ground_width=6.0
     )
     found = estimation.learn(logs, "sbm(2)", settings)
     # Agents 1..8 of 12 are below 0.7.
@@ -270,9 +298,8 @@ def test_blocks_are_recovered(seed: int) -> None:
 def test_theta_is_recovered_roughly() -> None:
     """Planted 3: between 2 and 5.  Embeddings of small mass look alike, which biases the exponential graphon upwards."""
     logs = simulate_linear(CROWD, graphon.named("exp:3"), 12, 40, 3, seed=1)
-    ground = embedding.gaussian_ground(logs, 6.0)
     settings = Settings(
-        kernel="embedding", inducing=150, bandwidth=False, gamma=1e-9, restarts=1, ground=ground
+        kernel="embedding", inducing=150, bandwidth=False, gamma=1e-9, restarts=1, ground_width=6.0
     )
     found = estimation.learn(logs, "exp", settings)
     assert 2.0 < math.exp(found.shape.values[0]) < 5.0
@@ -287,9 +314,7 @@ def test_positions_are_found() -> None:
     assert sorted(positions.tolist()) == grid.tolist()
     assert value <= search.value(shape, grid) + 1e-12
     logs = simulate_linear(CROWD, SBM, 12, 20, 2, seed=4).hidden()
-    settings = Settings(
-        kernel="embedding", inducing=40, gamma=1e-7, ground=embedding.gaussian_ground(logs, 6.0)
-    )
+    settings = Settings(kernel="embedding", inducing=40, gamma=1e-7, ground_width=6.0)
     _, shape, labels = estimation.attempt(logs, settings, "sbm(2)", 0, ())
     blocks = estimation.units_of(shape, labels)
     agreement = float((blocks == (graphon.cells(12) >= 0.7).long()).double().mean())
@@ -305,7 +330,7 @@ def test_the_game_on_bins() -> None:
         inducing=100,
         gamma=1e-8,
         bandwidth=False,
-        ground=embedding.gaussian_ground(logs, 6.0),
+        ground_width=6.0,
     )
     learned = estimation.learn(logs, "sbm(2)", settings)
     cut, labels = bins(logs, 25), graphon.cells(10)

@@ -209,6 +209,87 @@ def test_agents_are_sorted_by_fitted_degree() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [Shape("sbm", (0.25, 0.6), (0.3, -0.4, 0.9, 1.5, -2.0, 0.1)), Shape("exp", (), (0.4,)), Shape("const")],
+)
+def test_what_is_searched_is_the_graphon_that_is_returned(shape: Shape) -> None:
+    x = graphon.cells(10)
+    units = estimation.units_of(shape, x)
+    found = estimation.unit_graphon(shape, torch.tensor(shape.values, dtype=torch.float64), x)
+    torch.testing.assert_close(found[units][:, units], graphon.matrix(estimation.as_graphon(shape), x))
+
+
+def test_classes_and_widths_are_chosen_on_episodes_that_were_held_out() -> None:
+    logs = epidemic(N=10, L=12, H=4)
+    settings = Settings(inducing=15, restarts=1, held_out=0.25, iterations=15)
+    train, held = estimation.split(logs, settings)
+    assert (train.episodes, held.episodes) == (9, 3)
+
+    # Whole episodes, each on one side.
+    def keys(part: Logs) -> list[str]:
+        return [str(part.state[e].tolist()) for e in range(part.episodes)]
+
+    assert sorted(keys(train) + keys(held)) == sorted(keys(logs))
+    found = estimation.learn(logs, "auto", settings)
+    scores = {k: v for k, v in found.held_out.items() if k != "final"}
+    assert scores["sbm(2)" if found.shape.kind == "sbm" else found.shape.kind] == min(scores.values())
+    # Of one class: gamma and sigma of the smallest held-out loss, of nine pairs, at the graphon that the others gave.
+    found = estimation.learn(logs, "exp", settings)
+    _, shape, labels = estimation.attempt(train, settings, "exp", 0, ())
+    losses = {}
+    for a in (1.0, 0.1, 10.0):
+        for b in (1.0, 0.5, 2.0):
+            search = Search(train, replace(settings, gamma=a * settings.gamma, sigma=b * settings.sigma))
+            with torch.no_grad():
+                fit = search.solve(shape, labels)[1]
+            losses[a * settings.gamma, b * settings.sigma] = Search(held, settings).loss_on(
+                shape, labels, fit
+            )
+    assert found.held_out["final"] == pytest.approx(min(losses.values()))
+    assert (found.gamma, found.sigma) == min(losses, key=losses.__getitem__)
+    assert max(losses.values()) > 1.01 * min(losses.values())
+
+
+def test_what_is_predicted_are_laws() -> None:
+    """Rows of an estimate below 0 and above 1 are clipped and divided by their sum; one without any mass is even."""
+    rows = torch.tensor([[-0.2, 0.6, 5.0], [1.5, 0.5, -5.0], [-1.0, -2.0, 0.3], [0.25, 0.75, 0.0]]).double()
+    none = torch.zeros(1, dtype=torch.int64)
+    fit = regression.Fit(
+        torch.zeros(1, 2).double(), none, none, torch.tensor(1.0).double(), torch.zeros(4, 1, 3).double(), rows,
+        torch.zeros(2).double(), torch.ones(2).double(), 2, 2, "product",
+    )  # fmt: skip
+    P, r = fit.predict(torch.tensor([0.3, 0.1], dtype=torch.float64))
+    wanted = torch.tensor([[0.0, 1.0], [2 / 3, 1 / 3], [0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    torch.testing.assert_close(P.flatten(0, 1), wanted)
+    torch.testing.assert_close(r.flatten(), rows[:, 2])
+
+
+@pytest.mark.parametrize("kernel", ["product", "embedding"])
+def test_errors_of_agents_add_up_to_the_loss(kernel: str) -> None:
+    """And each agent's are its own: those of agents whose rewards were moved grow, and no others."""
+    logs = epidemic(N=6, L=4, H=3)
+    W, units = graphon.matrix(SBM, graphon.cells(6)), torch.arange(6)
+    table = regression.tabulate(logs, units, inducing=15, kernel=kernel)
+    _, fit = regression.solve(table, W, gamma=0.01, sigma=1.0, kernel=kernel)
+    errors = regression.own_errors(table, W, fit, 6)
+    assert float(errors.sum()) == pytest.approx(float(regression.loss_on(table, W, fit)) * table.samples)
+    moved = replace(logs, reward=logs.reward + 10.0 * torch.tensor([0, 0, 0, 1, 0, 0]))
+    other = regression.own_errors(regression.tabulate(moved, units, kernel=kernel), W, fit, 6) - errors
+    assert float(other[3]) > 500
+    torch.testing.assert_close(other[[0, 1, 2, 4, 5]], torch.zeros(5, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_agents_follow_the_cell_where_the_nearest_sampled_agent_was_put() -> None:
+    """Four agents at 1/8, 3/8, 5/8, 7/8, put to the third, first, fourth and second place; eight cells."""
+    grid = graphon.cells(4)
+    learned = estimation.Learned(Shape("const"), grid[[2, 0, 3, 1]], [], 0.0)
+    cell = estimation.cell_of(learned, graphon.cells(8), grid)
+    assert cell.tolist() == [5, 5, 1, 1, 7, 7, 3, 3]
+    same = estimation.Learned(Shape("const"), grid, [], 0.0)
+    assert estimation.cell_of(same, grid, grid).tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("labels", ["known", "hidden"])
 def test_tasks_give_what_one_process_gives(ray_session: None, labels: str) -> None:
     logs = epidemic(N=9, L=6, H=4)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from mobula.algorithms.common.meanfield import solvers
 from mobula.algorithms.meanfield import gmfg_ppo, gmfg_ppo_experiment
@@ -17,8 +18,11 @@ from mobula.artifact import export_policy, load_policy
 from mobula.envs.meanfield import graphon
 from mobula.envs.meanfield.continuous import LinearCrowd, bins, save_continuous_logs, simulate_linear
 from mobula.envs.meanfield.logs import save_logs, simulate
+from mobula.envs.meanfield.particles import ParticlePopulation
 from mobula.errors import ConfigError, DataError
 from mobula.experiment import Task
+from mobula.serving.backend import LocalBackend
+from mobula.serving.gateway import create_app
 
 NAN = float("nan")
 
@@ -83,22 +87,24 @@ def test_clipping_stops_the_ratio() -> None:
 
 
 def test_thinning_mixes_flows() -> None:
-    """Half way between two very different flows, to five deviations of the thinned cells."""
+    """Three tenths of the way from one flow to a very different one, to five deviations of the thinned cells."""
     game = graphon.sis(graphon.matrix(graphon.named("sbm"), graphon.cells(5)), 6)
     meet, protect = (torch.zeros(5, 6, 2, 2, dtype=torch.float64) for _ in range(2))
     meet[..., 0], protect[..., 1] = 1.0, 1.0
     population = networks.Population(0, 50_000)
     population.begin(game, meet)
-    population.replace(game, protect, 0.5, 1)
-    wanted = 0.5 * graphon.flow(game, meet) + 0.5 * graphon.flow(game, protect)
+    population.replace(game, protect, 0.3, 1)
+    wanted = 0.7 * graphon.flow(game, meet) + 0.3 * graphon.flow(game, protect)
     assert float((population.flow(game) - wanted).abs().max()) < 5 * 0.5 / 10_000**0.5
 
 
 def test_transitions_meet_the_frozen_flow() -> None:
     game = graphon.sis(graphon.matrix(graphon.named("er:0.8"), graphon.cells(4)), 5)
     population = networks.Population(0, 40_000)
-    pi = graphon.uniform_policy(game)
-    population.begin(game, pi)
+    # The crowd always meets; who is sampled does so half of the time.
+    pi, meet = graphon.uniform_policy(game), torch.zeros(4, 5, 2, 2, dtype=torch.float64)
+    meet[..., 0] = 1.0
+    population.begin(game, meet)
     rows = population.transitions(game, pi, 50_000, 3)
     z = graphon.aggregate(game, population.flow(game)[:, 2])[0, 1]
     at = (rows["h"] == 2) & (rows["state"] == 0) & (rows["action"] == 0)
@@ -173,6 +179,14 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=says):
             policy.act(bad)
+    # Served: the example is a question that it answers, and null stands for the label that is not known.
+    client = TestClient(create_app(LocalBackend({"crowd": str(tmp_path / "policy")}), None))
+    (card,) = client.get("/v1/models").json()["data"]
+    for obs in (card["example"]["request"]["obs"], [None, float(degree[7]) + 1e-4, 2, 0]):
+        served = client.post("/v1/policies/crowd/act", json={"obs": obs}).json()
+        np.testing.assert_allclose(served["probs"], policy.answer(obs)["probs"])
+    refused = client.post("/v1/policies/crowd/act", json={"obs": [0.5, None, 0, 0.5]})
+    assert refused.status_code == 422 and "state is a whole number" in refused.json()["error"]["message"]
     for each in (algorithm, restored):
         each.stop()
 
@@ -207,9 +221,56 @@ def test_a_known_graphon_is_solved(ray_session: None, game: str) -> None:
 def test_every_option_improves_on_the_uniform_policy(ray_session: None, knobs: dict[str, Any]) -> None:
     algorithm = config(**knobs).build_algo()
     start = float(graphon.exploitability(algorithm.truth, algorithm.state.policy, algorithm.lam).mean())
-    assert run(algorithm)["exploitability"] < 0.8 * start
-    if "rounds" in knobs:
-        assert algorithm.logs.episodes == 12
+    result = run(algorithm)
+    assert result["exploitability"] < 0.8 * start
+    if "positions" in knobs:
+        # Agents follow the policy of the place where they were put, in the true game.
+        assert algorithm.cell.tolist() != list(range(10))
+        mine = algorithm.state.policy[algorithm.cell]
+        gain = graphon.exploitability(algorithm.truth, mine, algorithm.lam)
+        assert result["exploitability"] == pytest.approx(float(gain.mean()))
+        assert float((mine - algorithm.state.policy).abs().max()) > 1e-3
+    algorithm.stop()
+
+
+def test_actors_move_particles_as_one_process_does(ray_session: None) -> None:
+    """Two blocks of particles, held by nobody else or by two actors, over two iterations: the same paths."""
+    game = graphon.sis(graphon.matrix(graphon.named("sbm"), graphon.cells(4)), 3)
+    first, second = graphon.uniform_policy(game), torch.zeros(4, 3, 2, 2, dtype=torch.float64)
+    second[..., 0] = 1.0
+    found = []
+    for actors in (0, 2):
+        population = networks.Population(5, 70_000, actors=actors)
+        population.begin(game, first)
+        population.replace(game, second, 0.3, 1)
+        found.append(population.paths)
+        population.close()
+    assert torch.equal(*found)
+    # Who begins anew is who would begin in a new population.
+    kept = ParticlePopulation(game, first, 500, seed=1)
+    kept.run()
+    kept.restart(game, second, 2)
+    assert torch.equal(kept.run(), ParticlePopulation(game, second, 500, seed=2).run())
+
+
+def test_the_mean_over_iterations_weighs_reports_by_their_iterations(ray_session: None) -> None:
+    """Reports after 8, 16 and 20 of 20 iterations; asked again at the end, nothing is added."""
+    algorithm = config(source="known", iters_per_step=8).build_algo()
+    results = [algorithm.train() for _ in range(4)]
+    a, b, c, _ = (r["exploitability"] for r in results)
+    for result in results[2:]:
+        assert result["exploitability_mean"] == pytest.approx((8 * a + 8 * b + 4 * c) / 20)
+    algorithm.stop()
+
+
+def test_rounds_are_spread_over_the_iterations(ray_session: None) -> None:
+    """Three of four iterations: at the first, the second and the third, each adding its episodes."""
+    algorithm = config(rounds=3, T=4, iters_per_step=1, horizon=2, L=3).build_algo()
+    episodes = []
+    for _ in range(4):
+        algorithm.train()
+        episodes.append(algorithm.logs.episodes)
+    assert episodes == [3, 6, 9, 9]
     algorithm.stop()
 
 
@@ -263,6 +324,7 @@ def test_networks_are_saved_and_served(ray_session: None, tmp_path: Path) -> Non
     )
     np.testing.assert_allclose(answer["probs"], want.detach(), atol=1e-6)
     assert answer["forecast"].shape == (7, 2)
+    assert policy.example()["answer"]["action"] in (0, 1)
     assert run(restored)["progress"] == 1.0
     for each in (algorithm, restored):
         each.stop()

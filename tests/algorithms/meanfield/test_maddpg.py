@@ -333,6 +333,8 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
         assert answer["value"] == pytest.approx(float(q[0, :, team].sum()), rel=1e-5)
     with pytest.raises(DataError, match="whole numbers below"):
         policy.act(np.concatenate([[2, 0], x, mean]))
+    # What a service asks when it loads a policy.
+    assert np.isfinite(policy.example()["answer"]["value"])
     for each in (algorithm, restored):
         each.stop()
 
