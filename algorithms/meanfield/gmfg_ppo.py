@@ -10,10 +10,6 @@ Logs of continuous states and actions are played with `game="logs"`, `kernel="em
 optimiser runs on the estimate with its line of states cut into `bins` (states of one dimension, at most 20 different actions; others
 can be estimated, `estimation.learn`, but not played).
 
-An iteration on tables costs O(M H (S^2 A + M S)): on one core 4 ms for the epidemic at the defaults (M = 40 cells, H = 20), 10 ms for
-investment (S = 10, H = 50); a report, which scores four policies, as much again for each.  A loss of the estimate costs O(n m (m + S)) for n
-samples (fewer where agents of a block share their z) and m inducing points: all of its search takes 10 s at the defaults, N = 40, L = 20.
-
 Rewards are maximised.  Exploitability is that of the policy's own flow in the TRUE game, where there is one.
 """
 
@@ -110,6 +106,12 @@ class GMFGPPOConfig(MethodConfig):
         " games with few players, where one player moves the crowd. The served policy reads [label, degree, h, state] (one of label"
         " and degree may be null; h and state count from 0) and answers with the action and the probabilities of all actions, the"
         " aggregate of states that this position meets at h, and the forecast of its own shares of states at every step."
+    )
+    effort = (
+        "An iteration on tables costs O(M H (S^2 A + M S)): on one core 4 ms for the epidemic at the defaults (M = 40 cells, H = 20), 10 ms"
+        " for investment (S = 10, H = 50); a report, which scores four policies, as much again for each. A loss of the estimate costs"
+        " O(n m (m + S)) for n samples (fewer where agents of a block share their z) and m inducing points: all of its search takes 10 s"
+        " at the defaults, N = 40, L = 20."
     )
     needs_env = False
     default_stop = {"progress": 1.0}

@@ -477,7 +477,6 @@ def experiment() -> Experiment:
                 paired_difference(value, "hidden", "learned"),
                 above(0),
                 ("sbm_N24",),
-                exploratory=True,
             ),
             Claim(
                 "6. finite populations at equilibrium: slope of the flow's deviation in n",

@@ -6,9 +6,6 @@ sampled costs alone, on the gains of that step, later gains frozen.  The cost of
 smoothing over a sphere adds no bias, and the exact natural step is the Richardson iteration K <- K - 2 eta (Phi K - Psi).
 
 Costs are minimised: the update descends.  u = -K y.
-
-A gradient step costs O(N_b N (T - t) (n^2 + n N p)) flops a game for N_b perturbations, N teams, n states and p inputs, in one batch of
-tensors: 2 ms on one core for the last of the five steps of G1 at the defaults, 6 ms for the first.
 """
 
 from __future__ import annotations
@@ -239,6 +236,10 @@ class MRPGConfig(LQTeamsConfig):
         " your own is a file (`--set game=FILE.npz`; `mobula.envs.meanfield.lq_teams.load_game` says which arrays). The served policy"
         " reads [team, t, x, xbar], team and t from 0, and answers with the team's input on each population, its gains, its cost to"
         " go, and a certificate of the step: `sigma_min` and `margin` of both games, and what the team could gain by leaving."
+    )
+    effort = (
+        "A gradient step costs O(N_b N (T - t) (n^2 + n N p)) flops a game for N_b perturbations, N teams, n states and p inputs, in one"
+        " batch of tensors: 2 ms on one core for the last of the five steps of G1 at the defaults, 6 ms for the first."
     )
     default_stop = {"sweep": 1.0}
     rejected = {

@@ -119,6 +119,10 @@ class MACConfig(ChainConfig):
         "tasks where an episode's return is what counts (PPO is), nor for large discounted problems: single multi-level "
         "estimates are noisy, and a long `t_max` makes them noisier."
     )
+    effort = (
+        "An update costs a rollout of 2^J steps, whose mean length grows with log2(t_max), and one pass over it: the 500 updates of an"
+        " iteration on the 5 x 5 grid took 0.24 s of one core."
+    )
 
     t_max = hyperparameter(16, tune.choice([4, 8, 16, 32]), "longest rollout, a power of two", low=2)
     c_actor = hyperparameter(

