@@ -2,12 +2,13 @@
 
 Packs
   pendulum     random; scripted (energy swing-up, then balance); scripted-mixed-P; and of one SAC run on the seed: medium,
-               medium-replay, expert, medium-expert, mixed-P (made once, in minutes)
+               medium-replay, expert, medium-expert, mixed-P, replaced-P (made once, in minutes)
   point_maze   random, medium, expert, mixed-P of a waypoint controller with noise; layout=umaze|medium|large
-  halfcheetah, hopper, walker2d   random, medium, medium-replay, expert, medium-expert, mixed-P of one SAC run on gymnasium's v5
-               simulators, made once; steps= (default a million: hours on a core; goes on after a kill)
+  halfcheetah, hopper, walker2d   random, medium, medium-replay, expert, medium-expert, mixed-P, replaced-P of one SAC run on
+               gymnasium's v5 simulators, made once; steps= (default a million: hours on a core; goes on after a kill)
   four_rooms   mixed-P: 0.9 optimal + 0.1 uniform from the corner, the rest uniform from anywhere
-P is the share of the better policy, by whole episodes (four_rooms: of transitions).
+P is the share of the better policy, by whole episodes (four_rooms: of transitions).  replaced-P: random rows, the last (1 - P) P of
+them replaced with expert ones, as the noise study of SQL mixes them.
 
 Options of every pack: size (transitions), seed, sub (a uniformly chosen share of episodes) and, in mazes, sub_goal (keeps a
 transition with probability min(1, k d / d_max), d the distance of the next state to the goal).
@@ -200,6 +201,20 @@ def mixture(better: Dataset, worse: Dataset, share: float, size: int, quality: s
         count = int(np.searchsorted(np.cumsum(part.lengths()), wanted - 1e-9)) + 1 if wanted > 0 else 0
         if count:
             parts.append(part.episodes(np.arange(min(count, len(part.starts())))))
+    return concatenate(parts, quality=quality)
+
+
+def first_rows(dataset: Dataset, rows: int) -> Dataset:
+    """The first rows; the episode that is cut there ends as truncated."""
+    found = dataset.rows(np.arange(len(dataset)) < rows)
+    found.columns["truncated"][-1] |= not found.columns["terminated"][-1]
+    return found
+
+
+def replaced(better: Dataset, worse: Dataset, ratio: float, quality: str) -> Dataset:
+    """Of n rows of `worse` the last (1 - ratio) ratio n, replaced with the first of `better` (the noise study of SQL's released code)."""
+    count = round((1 - ratio) * ratio * len(worse))
+    parts = [first_rows(worse, len(worse) - count)] + ([first_rows(better, count)] if count else [])
     return concatenate(parts, quality=quality)
 
 
@@ -401,7 +416,9 @@ def _four_rooms(quality: str, size: int, seed: int) -> Dataset:
     return make(four_rooms_data(_share(quality), size, seed), about)
 
 
-OF_A_RUN = ("random", "medium", "medium-replay", "expert", "medium-expert", rf"mixed-{MIX}")
+OF_A_RUN = (
+    "random", "medium", "medium-replay", "expert", "medium-expert", rf"mixed-{MIX}", rf"replaced-{MIX}",
+)  # fmt: skip
 """Qualities that come from one run of a learner."""
 
 PACKS: Mapping[str, tuple[Callable[..., Dataset], int, tuple[str, ...], tuple[str, ...]]] = {

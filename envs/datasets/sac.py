@@ -334,9 +334,14 @@ def pack(env_name: str, quality: str, size: int, seed: int, **overrides: Any) ->
         return part(uniform, "random", 2)
     if quality == "expert":
         return part(expert, "expert", 0)
-    if quality.startswith("mixed"):
-        share = float(quality.rsplit("-", 1)[1])
-        return recipes.mixture(part(expert, "expert", 0), part(uniform, "random", 2), share, size, quality)
+    if quality.startswith(("mixed", "replaced")):
+        share, both = (
+            float(quality.rsplit("-", 1)[1]),
+            (part(expert, "expert", 0), part(uniform, "random", 2)),
+        )
+        if quality.startswith("replaced"):
+            return recipes.replaced(*both, share, quality)
+        return recipes.mixture(*both, share, size, quality)
     if reached is None:
         raise DataError(
             f"{env_name}, seed {seed}: no policy of the run came a third of the way from random ({low:g}) to its last ({high:g});"
@@ -351,10 +356,4 @@ def pack(env_name: str, quality: str, size: int, seed: int, **overrides: Any) ->
     if quality == "medium":
         return medium
     halves = medium, part(expert, "expert", 0)
-    return concatenate([_first(half, size // 2) for half in halves], quality=quality)
-
-
-def _first(dataset: Dataset, rows: int) -> Dataset:
-    found = dataset.rows(np.arange(len(dataset)) < rows)
-    found.columns["truncated"][-1] |= not found.columns["terminated"][-1]
-    return found
+    return concatenate([recipes.first_rows(half, size // 2) for half in halves], quality=quality)

@@ -255,6 +255,8 @@ def test_mujoco_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert half["action"].shape[1:] == (3,)
     # Every quality of a seed comes from the run that is kept.
     monkeypatch.setattr(sac, "polyak", lambda *args: pytest.fail("trained again"))
+    mixed = datasets.load("hopper/replaced-0.5,size=200,steps=100")
+    assert (mixed["behaviour"] == "expert").nonzero()[0].tolist() == list(range(150, 200))
     other = datasets.load("hopper/random,size=100,steps=100")
     assert set(other["behaviour"]) == {"random"}
     with pytest.raises(ConfigError, match="steps is 3; a whole number of at least 20"):
@@ -281,6 +283,22 @@ def test_shares_of_mixtures() -> None:
     assert by_return[good].mean() > by_return[~good].mean() + 300
     half = recipes.generate("pendulum/scripted,size=4000,sub=0.5")
     assert len(half.starts()) == 10
+
+
+def test_the_last_rows_are_replaced() -> None:
+    """420 of 2,000 rows, (1 - 0.3) 0.3 of them; both parts end where they are cut."""
+    good, poor = (recipes.generate(f"pendulum/{kind},size=2000") for kind in ("scripted", "random"))
+    found = recipes.replaced(good, poor, 0.3, "replaced-0.3")
+    assert len(found) == 2000
+    np.testing.assert_array_equal(found["obs"][:1580], poor["obs"][:1580])
+    np.testing.assert_array_equal(found["obs"][1580:], good["obs"][:420])
+    # Twenty worlds of 100 rows each.
+    ends = [*range(99, 1580, 100), 1579, *(1580 + n for n in (99, 199, 299, 399, 419))]
+    assert found["truncated"].nonzero()[0].tolist() == ends
+    assert not poor["truncated"][1579]
+    assert found["episode_id"][1580] == found["episode_id"][1579] + 1
+    for ratio in (0.0, 1.0):
+        np.testing.assert_array_equal(recipes.replaced(good, poor, ratio, "x")["obs"], poor["obs"])
 
 
 def test_thinning_near_the_goal_keeps_by_distance() -> None:

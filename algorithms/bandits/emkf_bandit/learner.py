@@ -281,7 +281,7 @@ class Streams:
         for d in orders:
             start = truncated(self.model, d)
             if data.shape[1] >= 100 and self.init == "subspace":
-                start = start.where(self.order == d, kalman.subspace(data, d, u)[0])
+                start = start.where(self.order == d, kalman.start(data, d, u))
             elif bool((self.order != d).any()):
                 start = start.where(self.order == d, self._random(data, d, 0))
             fit = self._fit(data, u, d, start, fresh=False)
@@ -301,7 +301,7 @@ class Streams:
         starts = [start]
         if fresh and self.init != "identity" and not self.subspace_done and data.shape[1] >= 100:
             if self.init == "subspace":
-                starts = [kalman.subspace(data, d, u, known_C=self.known_C)[0]]
+                starts = [kalman.start(data, d, u, known_C=self.known_C)]
             else:
                 starts = [self._random(data, d, 0)]
             self.subspace_done = True
@@ -348,13 +348,18 @@ class Streams:
         )
 
     def _rebuild(self) -> None:
-        past = self.t - 1
         data, u = self._history()
+        filtered = kalman.kalman_filter(self.model, data, u)
+        self.mean, self.cov = filtered.mean[:, -1], filtered.cov[:, -1]
+        self._regress(filtered.mean)
         if self.use_rewards:
+            # The payoffs learned so far were in the old coordinates: those of the states filtered without rewards take their place.
             means, self.mean, self.cov = self._filter_with_rewards(data)
-        else:
-            filtered = kalman.kalman_filter(self.model, data, u)
-            means, self.mean, self.cov = filtered.mean, filtered.mean[:, -1], filtered.cov[:, -1]
+            self._regress(means)
+
+    def _regress(self, means: Tensor) -> None:
+        """Contexts and statistics of the arms from the filtered states [N, T, d] of the rounds before this one."""
+        past = self.t - 1
         self.x[:, :past] = (
             torch.cat([torch.ones(self.n, past, 1, dtype=torch.float64), means], -1)
             if self.intercept

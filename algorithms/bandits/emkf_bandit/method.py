@@ -64,7 +64,7 @@ class EMKFBanditConfig(MethodConfig):
     v = hyperparameter(
         0.2,
         tune.loguniform(0.02, 2),
-        "width of Thompson sampling: in units of reward; a multiple of the noise with `inflate`",
+        "width of Thompson sampling: in units of reward; with `inflate` a multiple of the noise (1: the posterior)",
         low=0.0,
     )
     ridge = hyperparameter(1.0, tune.loguniform(1e-3, 10), "ridge of the payoff regressions", low=1e-12)

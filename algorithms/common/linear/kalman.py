@@ -395,13 +395,17 @@ def subspace(
     rows: int = 6,
     radius: float = 0.98,
     known_C: Tensor | None = None,
+    projected: bool = False,
 ) -> tuple[StateSpace, Tensor]:
-    """Start for EM from autocovariances of y [N, T, m] (missing rows are left out of the sums); also singular values.
+    """Start for EM from autocovariances of y [N, T, m] (over the pairs of rows that were seen); also singular values.
 
     H_ij = Lambda_{i+j+1} with `rows` block rows; O = U_d S_d^(1/2); C its first m rows, A from its shift, rescaled to a
     spectral radius of at most `radius`.  Then Q = 0.1 I, R = Cov(y) / 2, m0 = 0, P0 = I.  With a known C the model is moved
     into a gauge that has it.  What the last `rows` inputs u [N, T, k] explain is taken out of y first, since a cycle in them would pass
     for a memory of the state; D is then the least-squares one for A and C.  Returns (models, singular values [N, rows * m]).
+
+    projected: with inputs, O from what the past tells of the future (`_predictable`) in place of H.  The memory of the state then
+    shows in what inputs leave behind too, which is most of y where they are large; for inputs that do not repeat themselves.
     """
     N, T, m = y.shape
     if d > rows * m:
@@ -414,11 +418,18 @@ def subspace(
     if bool((z.abs().amax(1) == 0).any()):
         series, column = (z.abs().amax(1) == 0).nonzero()[0].tolist()
         raise DataError(f"observation column {column} of series {series} is constant: leave it out")
-    if u is not None and u.shape[-1]:
-        z = _without_inputs(z, u, seen[..., None], rows)
-    blocks = [torch.einsum("nti,ntj->nij", z[:, k:], z[:, : T - k]) / (T - k) for k in range(2 * rows)]
-    hankel = torch.cat([torch.cat([blocks[i + j + 1] for j in range(rows)], -1) for i in range(rows)], -2)
-    U, values, _ = torch.linalg.svd(hankel)
+    inputs = u if u is not None and u.shape[-1] else None
+    rest = z if inputs is None else _without_inputs(z, inputs, seen[..., None], rows)
+    # Gaps that follow a pattern leave more pairs at some lags than at others.
+    pairs = [(seen[:, k:] * seen[:, : T - k]).sum(1).clamp_min(1.0)[:, None, None] for k in range(2 * rows)]
+    blocks = [
+        torch.einsum("nti,ntj->nij", rest[:, k:], rest[:, : T - k]) / count for k, count in enumerate(pairs)
+    ]
+    if projected and inputs is not None:
+        target = _predictable(z, inputs, seen[..., None], rows)
+    else:
+        target = torch.cat([torch.cat([blocks[i + j + 1] for j in range(rows)], -1) for i in range(rows)], -2)
+    U, values, _ = torch.linalg.svd(target)
     observability = U[..., :d] * values[:, None, :d].sqrt()
     C = observability[:, :m]
     A = torch.linalg.pinv(observability[:, : (rows - 1) * m]) @ observability[:, m : rows * m]
@@ -430,8 +441,50 @@ def subspace(
         S = torch.linalg.pinv(known) @ C + _null(known) @ _null(C).mT
         A = S @ A @ torch.linalg.inv(S)
         C, Q = known, symmetric(0.1 * S @ S.mT)
-    D = None if u is None or not u.shape[-1] else input_matrix(A, C, y - mean, u)
+    D = None if inputs is None else input_matrix(A, C, y - mean, inputs)
     return StateSpace(A, C, Q, 0.5 * blocks[0], torch.zeros(N, d, dtype=y.dtype), eye, D), values
+
+
+def _predictable(z: Tensor, u: Tensor, seen: Tensor, rows: int) -> Tensor:
+    """M [N, rows * m, rows * m] with M M' the covariance of what the past tells of `rows` outputs to come; its columns span that of O.
+
+    y_t, ..., y_{t+rows-1} are regressed on the `rows` outputs and inputs before t, once the inputs from t on (and a constant)
+    are taken out of both: the projection of PO-MOESP (Verhaegen, Automatica 30, 1994).  Windows with a gap are left out.
+    """
+    count = z.shape[1] - 2 * rows + 1
+
+    def windows(x: Tensor, first: int) -> Tensor:
+        return torch.cat([x[:, first + i : first + i + count] for i in range(rows)], -1)
+
+    whole = torch.cat([windows(seen, 0), windows(seen, rows)], -1).amin(-1, keepdim=True)
+    ahead = torch.cat([whole, windows(u, rows) * whole], -1)
+
+    def residual(x: Tensor) -> Tensor:
+        x = x * whole
+        return x - ahead @ torch.linalg.lstsq(ahead, x, driver="gelsd").solution
+
+    past, future = residual(torch.cat([windows(z, 0), windows(u, 0)], -1)), residual(windows(z, rows))
+    fit = past @ torch.linalg.lstsq(past, future, driver="gelsd").solution
+    values, vectors = torch.linalg.eigh(fit.mT @ fit / whole.sum(1, keepdim=True).clamp_min(1.0))
+    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+
+
+def start(
+    y: Tensor, d: int, u: Tensor | None = None, *, known_C: Tensor | None = None, trial: int = 5
+) -> StateSpace:
+    """Where EM begins: the subspace model of y [N, T, m]; with inputs u [N, T, k], of the two there are the likelier one after `trial` steps.
+
+    Which of them is better hangs on the size of the inputs and on whether they repeat themselves.
+    """
+    plain = subspace(y, d, u, known_C=known_C)[0]
+    if u is None or not u.shape[-1]:
+        return plain
+    C = None if known_C is None else known_C.expand(*plain.C.shape)
+    first, second = (
+        em(model, y, u, iterations=trial, known_C=C)
+        for model in (plain, subspace(y, d, u, known_C=known_C, projected=True)[0])
+    )
+    return second.model.where(second.log_likelihood > first.log_likelihood, first.model)
 
 
 def _null(C: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class OfflineLearner(Learner):
         S = module.about["seeds"]
         if module.critics is not None:
             rows = self.rows_of(self.columns, np.linspace(0, n - 1, min(n, most)).astype(int))
-            features = module.features(rows["obs"]).expand(S, *([-1] * (1 + 1)))
+            features = module.features(rows["obs"]).expand(S, -1, -1)
             action = rows["action"].expand(S, *([-1] * rows["action"].ndim))
             found["q_data"] = float(module.q_values(features, action).amin(1).mean())
             found["q_policy"] = float(module.q_values(features, module.best_action(features)).amin(1).mean())

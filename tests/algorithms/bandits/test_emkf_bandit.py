@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from gymnasium import spaces
 
+from mobula.algorithms.bandits.emkf_bandit import experiment
 from mobula.algorithms.bandits.emkf_bandit.experiment import play
 from mobula.algorithms.bandits.emkf_bandit.learner import Streams
 from mobula.algorithms.bandits.emkf_bandit.math import (
@@ -21,6 +24,7 @@ from mobula.algorithms.bandits.emkf_bandit.math import (
     noise_rows,
     padded,
     refit_times,
+    regrets,
     shared_thompson_probabilities,
     thompson_probabilities,
     truncated,
@@ -33,6 +37,8 @@ from mobula.artifact import export_policy, load_policy
 from mobula.envs.bandits import LinearBandit, draw_instances, draw_paths
 from mobula.errors import ConfigError, DataError, EnvironmentFault
 from mobula.sampling.conformance import check_env
+from mobula.serving.backend import LocalBackend
+from mobula.serving.gateway import create_app
 
 
 def test_estimates_are_ridge_regressions() -> None:
@@ -75,6 +81,10 @@ def test_choices() -> None:
     assert choose("linucb", mean, white, one, noise, 1).tolist() == [0]
     assert choose("greedy", mean, white, one, noise, 1).tolist() == [0]
     assert choose("greedy", mean, white, one, noise, 10**9).tolist() == [1]
+    # min(1, 5 K / t), K = 3: a probability of 0.15 at t = 100, and -1.0364 is the normal's quantile of it; of 1 up to t = 15.
+    for quantile, step, arm in ((-1.04, 100, 0), (-1.03, 100, 1), (5.0, 15, 0), (5.0, 16, 1)):
+        noise[0, -1] = quantile
+        assert choose("greedy", mean, white, one, noise, step).tolist() == [arm]
     assert refit_times(1600, 500) == [50, 100, 200, 400, 500, 1000, 1500]
     assert refit_times(600, 250) == [50, 100, 200, 250, 500]
 
@@ -194,6 +204,157 @@ def test_rewards_sharpen_the_filter() -> None:
         play(streams, paths, seeds)
         errors.append((streams.x[:, 200:600] - paths.x[:, 200:]).norm(dim=-1).mean(1))
     assert float(errors[1].mean()) < float(errors[0].mean())
+
+
+def rotated(model: StateSpace, seed: int) -> StateSpace:
+    """The same law in turned coordinates of x."""
+    d = model.A.shape[-1]
+    S = torch.linalg.qr(normal(seed, len(model.A), d, d)).Q
+    A, C, Q, R, m0, P0, D = model
+    return StateSpace(S @ A @ S.mT, C @ S.mT, S @ Q @ S.mT, R, kalman.mv(S, m0), S @ P0 @ S.mT, S @ D)
+
+
+@pytest.mark.parametrize("options", [{}, {"intercept": True, "forget": 0.98}])
+def test_rewards_are_filtered_in_the_coordinates_of_the_model(options: dict[str, Any]) -> None:
+    """A turn of the coordinates by a refit changes no payoff: the ridge sees none, and the old payoffs must not be taken for new ones."""
+    streams, _, _ = played([0, 1], rounds=60, use_rewards=True, em_iters=2, **options)
+    streams.t += 1
+    seen = []
+    for turn in range(3):
+        if turn:
+            streams.model = rotated(streams.model, turn)
+        streams._rebuild()
+        x = streams.mean
+        x = torch.cat([x[:, :1] * 0 + 1, x], 1) if streams.intercept else x
+        seen.append((*arm_estimates(streams.B, streams.f, arm_features(x, None, 5)), streams.cov))
+    for mean, white, cov in seen[1:]:
+        torch.testing.assert_close(mean, seen[0][0])
+        torch.testing.assert_close(widths(white), widths(seen[0][1]))
+        torch.testing.assert_close(
+            torch.linalg.eigvalsh(cov), torch.linalg.eigvalsh(seen[0][2]), atol=1e-8, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("sigma", [None, 0.3])
+def test_a_reward_is_an_observation_with_the_noise_of_its_payoff(sigma: float | None) -> None:
+    """r = b + theta . x + e with e of variance s^2 (known, or the mean square residual q) + q phi' B^{-1} phi: Gaussian conditioning."""
+    streams, _, _ = played([0, 1], rounds=30, use_rewards=True, intercept=True, sigma=sigma)
+    streams.t += 1
+    mean, cov, r, a = streams.mean, streams.cov, torch.tensor([0.4, -1.0]).double(), torch.tensor([2, 4])
+    found = streams._reward_update(mean, cov, a, r)
+    for n in range(2):
+        B, f = streams.B[n, a[n]], streams.f[n, a[n]]
+        theta, phi = torch.linalg.solve(B, f), torch.cat([torch.ones(1).double(), mean[n]])
+        residual = streams.squares[n] / 30
+        noise = (residual if sigma is None else sigma**2) + residual * (phi @ torch.linalg.solve(B, phi))
+        gain = cov[n] @ theta[1:] / (theta[1:] @ cov[n] @ theta[1:] + noise)
+        torch.testing.assert_close(found[0][n], mean[n] + gain * (r[n] - theta @ phi))
+        torch.testing.assert_close(found[1][n], cov[n] - torch.outer(gain, theta[1:] @ cov[n]))
+
+
+def test_the_width_follows_the_noise() -> None:
+    """Known noise: s^2 + theta_a' P theta_a; else the mean square of what the payoffs missed in the rounds before, 1 in the first."""
+    instance = draw_instances([0, 1])
+    paths = draw_paths(instance, [0, 1], 40)
+    streams = Streams(2, 2, 5, inflate=True, v=0.5)
+    missed = []
+    for t in range(40):
+        streams.observe(paths.y[:, t])
+        mean, _, scale = streams.estimates()
+        wanted = torch.stack(missed).square().mean(0).sqrt() if missed else torch.ones(2).double()
+        torch.testing.assert_close(scale[:, 0], 0.5 * wanted)
+        arms = streams.act(normal(t, 2, 6))
+        r = paths.rewards[torch.arange(2), t, arms]
+        missed.append(r - mean[torch.arange(2), arms])
+        streams.reward(r)
+    streams.intercept, streams.sigma = False, 0.3
+    theta = torch.linalg.solve(streams.B, streams.f.unsqueeze(-1)).squeeze(-1)
+    for n in range(2):
+        for arm in range(5):
+            spread = 0.09 + theta[n, arm] @ streams.cov[n] @ theta[n, arm]
+            torch.testing.assert_close(streams.estimates()[2][n, arm], 0.5 * spread.sqrt())
+
+
+def test_contexts_of_the_baselines() -> None:
+    y = normal(0, 6, 1, 2)
+    obs, lags, none = (Streams(1, 2, 3, context=kind) for kind in ("obs", "lags", "none"))
+    for t in range(6):
+        torch.testing.assert_close(obs.observe(y[t]), y[t])
+        past = [y[t - k] if t >= k else torch.zeros(1, 2).double() for k in range(4)]
+        torch.testing.assert_close(lags.observe(y[t]), torch.cat(past, 1))
+        assert none.observe(y[t]).tolist() == [[1.0]]
+
+
+def test_a_window_is_the_latest_rounds() -> None:
+    streams, _, (_, paths) = played([0, 1], rounds=202, window=120, em_iters=2)
+    assert streams.refits == 3
+    late = kalman.kalman_filter(streams.model, paths.y[:, 79:199]).log_likelihood
+    torch.testing.assert_close(streams.likelihood, late)
+    assert streams.due(500) and not streams.due(300)
+
+
+def test_the_mean_is_that_of_the_rounds_before() -> None:
+    streams, _, (_, paths) = played([0, 1], rounds=103, demean=True, em_iters=5)
+    torch.testing.assert_close(streams.offset, paths.y[:, :99].mean(1))
+    states = kalman.kalman_filter(streams.model, paths.y - streams.offset[:, None]).mean
+    torch.testing.assert_close(streams.x[:, :103], states, atol=1e-8, rtol=1e-8)
+
+
+def test_numbers_of_the_experiment_by_hand() -> None:
+    means = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
+    assert regrets(means, torch.tensor([0, 0])).tolist() == [2.0, 0.0]
+    # The largest fall of any step, the first refit (with its ridge) apart; what has stopped counts no more.
+    traces = [
+        torch.tensor([[-9.0, -9.0], [-99.0, -99.0]]),
+        torch.tensor([[-10.0, -20.0], [-5.0, -22.0], [-4.0, math.nan]]).double(),
+    ]
+    found = experiment.likelihood_steps(traces)
+    assert found is not None and found.tolist() == pytest.approx([0.2, -0.1])
+    # In the second half: no gap up to a linear map; else the part that no map explains.
+    best, x = normal(0, 1, 40, 2), normal(1, 1, 40, 3)
+    x[:, 20:, :2] = best[:, 20:] @ normal(2, 2, 2)
+    assert float(experiment.filter_gap(x, best)) < 1e-12
+    shift = torch.tensor([3.0, 4.0]).double()
+    alternating = torch.where(torch.arange(40) % 2 == 0, 1.0, -1.0)[None, :, None] * shift
+    assert float(experiment.filter_gap(torch.ones(1, 40, 1).double(), alternating)) == pytest.approx(5.0)
+
+
+def test_a_run_reports_its_regret() -> None:
+    """Half-time, curve and end are points of one sum: the true model's filter against the arm it would have picked."""
+    task = experiment.Task(env_config={"rounds": 60, "radius": 0.95, "q": 0.09, "r": 0.09})
+    (numbers,) = experiment.run(EMKFBanditConfig(), task, [3], oracle=True)
+    instance = draw_instances([3], radius=0.95, q=0.09, r=0.09)
+    paths = draw_paths(instance, [3], 60)
+    truth = StateSpace(*instance.model)
+    chosen, _ = play(Streams(1, 2, 5, model=truth), paths, [3])
+    best = kalman.kalman_filter(truth, paths.y).mean[0] @ instance.theta[0].T
+    lost = best.amax(1) - best[torch.arange(60), chosen[0]]
+    assert numbers["regret"] == pytest.approx(float(lost.sum()))
+    assert numbers["regret_half"] == pytest.approx(float(lost[:30].sum()))
+    assert numbers["curve_values"][-1] == pytest.approx(numbers["regret"])
+    hidden = paths.x[0] @ instance.theta[0].T
+    full = hidden.amax(1) - hidden[torch.arange(60), chosen[0]]
+    assert numbers["full_information_regret"] == pytest.approx(float(full.sum()))
+    assert numbers["reward"] == pytest.approx(float(paths.rewards[0, torch.arange(60), chosen[0]].sum()))
+
+
+def test_the_bandit_pays_and_moves_as_its_instance_says() -> None:
+    """Moments over many copies: rewards around theta_a . x, contexts around A x, observations around C x, starts in the stationary law."""
+    n, env = 40_000, LinearBandit(40_000, instance=4)
+    law = draw_instances([4])
+    env.reset(seed=0)
+    x = env.state["x"]
+    error = 5 / n**0.5
+    torch.testing.assert_close(torch.cov(x.T), law.P0[0], atol=float(law.P0.max()) * 2**0.5 * error, rtol=0)
+    torch.testing.assert_close(law.P0[0], (law.A @ law.P0 @ law.A.mT + law.Q)[0])
+    arms = torch.arange(n) % 5
+    new, reward, _ = env.transition(env.state, arms)
+    missed = reward.double() - (law.theta[0][arms] * x).sum(1)
+    assert abs(float(missed.mean())) < 0.1 * error and float(missed.std()) == pytest.approx(0.1, rel=0.02)
+    moved = new["x"] - x @ law.A[0].T
+    torch.testing.assert_close(torch.cov(moved.T), law.Q[0], atol=0.04 * 2**0.5 * error, rtol=0)
+    noise = new["y"] - new["x"] @ law.C[0].T
+    torch.testing.assert_close(torch.cov(noise.T), law.R[0], atol=2**0.5 * error, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -472,8 +633,57 @@ def test_the_whole_way(ray_session: None, tmp_path: Path) -> None:
     assert gone["P_trace"] > answer["P_trace"]
     with pytest.raises(DataError, match="shape"):
         policy.act([0.0, 1.0, 2.0])
+    # Over HTTP, in this process: the filter's state goes to and fro, a missing observation is null.
+    client = TestClient(create_app(LocalBackend({"bandit": str(tmp_path / "policy")}), None))
+    (card,) = client.get("/v1/models").json()["data"]
+    assert client.post("/v1/policies/bandit/act", json=card["example"]["request"]).status_code == 200
+    served: dict[str, Any] = {"state": None}
+    for t in range(3):
+        request = {"obs": y[t].tolist(), "state": served["state"]}
+        served = client.post("/v1/policies/bandit/act", json=request).json()
+        np.testing.assert_allclose(served["x_hat"], wanted[t].numpy(), atol=1e-6)
+    gone = client.post("/v1/policies/bandit/act", json={"obs": [None, None], "state": served["state"]}).json()
+    np.testing.assert_allclose(gone["x_hat"], (bandit.model.A[0] @ wanted[2]).numpy(), atol=1e-6)
+    refused = client.post("/v1/policies/bandit/act", json={"obs": [0.0, 1.0, 2.0]})
+    assert refused.status_code == 422 and "obs" in refused.json()["error"]["message"]
     for each in (algorithm, restored):
         each.stop()
+
+
+@pytest.mark.parametrize("policy", ["ts", "linucb", "greedy"])
+def test_what_the_module_acts_and_serves(policy: str) -> None:
+    """First observation of a stream: the prior, an offset and inputs; payoffs of [1; x]; each policy's choice, all by hand."""
+    made = EMKFBanditConfig().training(d=2, inputs=1, intercept=True, policy=policy)
+    spec = made.get_default_rl_module_spec()
+    spec.observation_space, spec.action_space = spaces.Box(-9, 9, (3,)), spaces.Discrete(4)
+    module: Any = spec.build()
+    for i, (name, value) in enumerate(module.state_dict().items()):
+        value.copy_(normal(10 + i, *value.shape))
+        if name in ("Q", "R", "P0", "B"):
+            value.copy_(value @ value.mT + 0.1 * torch.eye(value.shape[-1]).double())
+    module.scale.copy_(torch.tensor([0.4, 0.1, 0.9, 0.3]))
+    y, u = normal(1, 2), normal(2, 1)
+    gain = module.P0 @ module.C.T @ torch.linalg.inv(module.C @ module.P0 @ module.C.T + module.R)
+    x = module.m0 + gain @ (y - module.offset - module.C @ module.m0)
+    cov = module.P0 - gain @ module.C @ module.P0
+    phi = torch.cat([torch.ones(1).double(), x])
+    inverse = torch.linalg.inv(module.B)
+    mean = torch.einsum("kij,kj,i->k", inverse, module.f, phi)
+    width = torch.einsum("kij,i,j->k", inverse, phi, phi).sqrt()
+    obs = torch.cat([y, u])[None]
+    initial = {k: v[None] for k, v in module.get_initial_state().items()}
+    found = module._forward({"obs": obs[None], "state_in": initial})
+    best = (mean + width if policy == "linucb" else mean).argmax()
+    assert int(found["action_dist_inputs"][0, 0].argmax()) == int(best)
+    torch.testing.assert_close(found["state_out"]["input"][0], u - module.input_offset)
+    probabilities = thompson_probabilities(mean, module.scale * width)
+    explored = module._forward_exploration({"obs": obs[None], "state_in": initial})["action_dist_inputs"]
+    if policy == "ts":
+        torch.testing.assert_close(explored[0, 0].softmax(-1).double(), probabilities, atol=1e-6, rtol=0)
+    served = module.served({"obs": obs})
+    torch.testing.assert_close(served["x_hat"][0], x)
+    torch.testing.assert_close(served["P_trace"][0], cov.trace())
+    torch.testing.assert_close(served["p_best"][0], probabilities)
 
 
 def test_inputs_through_rllib(ray_session: None, tmp_path: Path) -> None:

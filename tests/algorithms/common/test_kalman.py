@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from mobula.algorithms.common.linear import kalman
 from mobula.algorithms.common.linear.kalman import StateSpace
 from mobula.envs.bandits import draw_instances, draw_paths
-from mobula.errors import DataError
+from mobula.errors import DataError, TrainingFault
 
 
 def models(count: int = 3, d: int = 3, m: int = 2, seed: int = 0, k: int = 0) -> StateSpace:
@@ -246,12 +247,20 @@ def test_with_the_state_seen_the_m_step_is_least_squares() -> None:
         torch.testing.assert_close(same.Q[n], found.Q[n])
     wanted = torch.linalg.lstsq(torch.cat(designs), x[:, 1:].flatten(0, 1)).solution.T
     torch.testing.assert_close(torch.cat([joined.A[1], joined.D[1]], 1), wanted)
+    # The first states of all series are one sample of N(m0, P0); its rank is 1, and the floor lifts the rest by 1e-8 of the trace.
+    apart = x[:, 0] - x[:, 0].mean(0)
+    torch.testing.assert_close(joined.m0[1], x[:, 0].mean(0))
+    lifted = 2e-8 * float(apart.square().sum())
+    torch.testing.assert_close(joined.P0[1], apart.T @ apart / 2, atol=lifted, rtol=0)
     # The ridge of short data is on A alone.
     short, _ = kalman.m_step(x, state, None, u, ridge=True, pool=False)
     penalty = 1e-2 * designs[0][:, :3].square().sum() / 3
     gram = designs[0].T @ designs[0] + torch.diag(torch.tensor([1.0, 1, 1, 0, 0]).double() * penalty)
     wanted = torch.linalg.solve(gram, designs[0].T @ x[0, 1:]).T
     torch.testing.assert_close(torch.cat([short.A[0], short.D[0]], 1), wanted)
+    # Q is then the mean square of what the shrunken A leaves.
+    rest = x[0, 1:] - designs[0] @ wanted.T
+    torch.testing.assert_close(short.Q[0], rest.T @ rest / 59)
 
 
 def test_inputs_are_superposed() -> None:
@@ -319,6 +328,92 @@ def test_em_finds_the_response_to_inputs() -> None:
         assert float(wanted.abs().max()) > 3
 
 
+def test_a_fall_of_the_likelihood_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = models(2), kalman.m_step
+
+    def spoiled(*args: Any, **options: Any) -> tuple[StateSpace, Tensor]:
+        found, low = step(*args, **options)
+        return found._replace(R=found.R * torch.tensor([1.0, 9.0]).double()[:, None, None]), low
+
+    monkeypatch.setattr(kalman, "m_step", spoiled)
+    with pytest.raises(TrainingFault, match="EM lost likelihood in series 1: relative change -"):
+        kalman.em(model, sample(model, 100), iterations=3)
+    # While the ridge is on, no maximum is reached and nothing is asserted.
+    kalman.em(model, sample(model, 50), iterations=3)
+
+
+def test_what_inputs_explain_is_taken_out() -> None:
+    """A constant and three lags of two inputs in two outputs leave nothing, one lag fewer leaves the last; gaps stay 0."""
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(1, 80, 2, dtype=torch.float64, generator=g)
+    B = torch.randn(3, 2, 2, dtype=torch.float64, generator=g)
+    seen = torch.ones(1, 80, 1, dtype=torch.float64)
+    seen[0, 20] = 0.0
+    z = 0.7 + sum(torch.nn.functional.pad(u, (0, 0, lag, -lag)) @ B[lag - 1] for lag in (1, 2, 3))
+    z = z * seen
+    assert float(kalman._without_inputs(z, u, seen, 3).abs().max()) < 1e-12
+    rest = kalman._without_inputs(z, u, seen, 2)
+    assert float(rest[0, 20].abs().max()) == 0.0 and float(rest.abs().max()) > 0.1
+
+
+def test_the_projection_is_exact_without_noise() -> None:
+    """What inputs leave behind shows the whole memory of the state, beyond the lags that are regressed out, and around gaps."""
+    model = models(2, k=2)
+    model = model._replace(A=model.A / 0.9 * 0.97)
+    u = inputs(model, 300)
+    x = kalman.scan(model.A, torch.nn.functional.pad(u @ model.D.mT, (0, 0, 1, -1)), 0 * model.m0)
+    y = x @ model.C.mT
+    y[1, 100] = math.nan
+    found, values = kalman.subspace(y, 3, u, projected=True)
+    blunt, _ = kalman.subspace(y, 3, u)
+    for i in range(2):
+        wanted, exact, other = (torch.linalg.eigvals(A[i])[:, None] for A in (model.A, found.A, blunt.A))
+        assert float((wanted - exact.mT).abs().amin(1).max()) < 1e-6
+        assert float((wanted - other.mT).abs().amin(1).max()) > 1e-3
+    assert float((values[:, 3] / values[:, 0]).max()) < 1e-6
+    known, _ = kalman.subspace(y, 3, u, projected=True, known_C=model.C)
+    torch.testing.assert_close(known.C, model.C)
+
+
+def test_the_projection_keeps_what_the_past_tells() -> None:
+    """Without memory (A = 0), x_t = D u_{t-1} + w: the past tells of y_t what the last input did, C D D' C', and of no later output."""
+    model, T = models(1, k=2), 4000
+    model = model._replace(D=5 * model.D)
+    u = inputs(model, T)
+    g = torch.Generator().manual_seed(2)
+    w, v = (torch.randn(1, T, n, dtype=torch.float64, generator=g) for n in (3, 2))
+    x = torch.nn.functional.pad(u @ model.D.mT, (0, 0, 1, -1)) + w @ torch.linalg.cholesky(model.Q).mT
+    y = x @ model.C.mT + v @ torch.linalg.cholesky(model.R).mT
+    M = kalman._predictable(y, u, torch.ones(1, T, 1, dtype=torch.float64), 6)
+    wanted = torch.zeros(1, 12, 12, dtype=torch.float64)
+    wanted[:, :2, :2] = model.C @ model.D @ model.D.mT @ model.C.mT
+    # Five standard errors of a mean square.
+    error = 5 / T**0.5 * float(y.square().mean(1).max())
+    assert float(wanted.max()) > 3 * error
+    torch.testing.assert_close(M @ M.mT, wanted, atol=error, rtol=0)
+
+
+def test_em_starts_nearer_where_inputs_outweigh_the_noise() -> None:
+    """The gap to the likelihood of the true law after as many steps of EM in all, a quarter of that from the plain start or less."""
+    instance = draw_instances([0, 1], radius=0.95, q=0.09, r=0.09)
+    paths = draw_paths(instance, [0, 1], 600)
+    truth = StateSpace(*instance.model)
+    truth = truth._replace(D=20 * models(2, d=4, k=2, seed=3).D)
+    u = inputs(truth, 600)
+    drive = torch.nn.functional.pad(u @ truth.D.mT, (0, 0, 1, -1))
+    y = paths.y + kalman.scan(truth.A, drive, 0 * truth.m0) @ truth.C.mT
+    wanted = kalman.kalman_filter(truth, y, u).log_likelihood
+    plain, _ = kalman.subspace(y, 4, u)
+    before = kalman.em(plain, y, u, iterations=15).log_likelihood
+    after = kalman.em(kalman.start(y, 4, u), y, u, iterations=10).log_likelihood
+    assert bool((wanted - before > 100).all())
+    assert bool((wanted - after < 0.25 * (wanted - before)).all())
+    # Without inputs there is one start.
+    for part, same in zip(kalman.start(y, 4), kalman.subspace(y, 4)[0], strict=True):
+        assert torch.equal(part, same)
+    assert torch.equal(kalman.start(y, 4, u, known_C=truth.C).C, truth.C)
+
+
 def test_subspace_recovers_the_spectrum_from_exact_long_data() -> None:
     instance = draw_instances([3], radius=0.95, q=0.09, r=0.09)
     y = draw_paths(instance, [3], 60_000).y
@@ -326,8 +421,25 @@ def test_subspace_recovers_the_spectrum_from_exact_long_data() -> None:
     gaps = (torch.linalg.eigvals(found.A)[0][:, None] - torch.linalg.eigvals(instance.A)[0][None]).abs()
     assert float(gaps.amin(0).max()) < 0.05
     assert float(values[0, 4] / values[0, 3]) < 0.3
+    # C and A belong together: C A^k spans what the true ones do (the process run backwards has the same spectrum).
+    seen, true = (
+        torch.cat([m.C[0] @ torch.linalg.matrix_power(m.A[0], k) for k in range(6)])
+        for m in (found, instance)
+    )
+    rest = true - seen @ torch.linalg.lstsq(seen, true).solution
+    assert float(rest.norm() / true.norm()) < 0.05
+    # Two days of seven are missing: some lags are then seen in fewer pairs than others.
+    weekdays = y.clone()
+    weekdays[:, torch.arange(60_000) % 7 > 4] = math.nan
+    thinned, _ = kalman.subspace(weekdays, 4)
+    gaps = (torch.linalg.eigvals(thinned.A)[0][:, None] - torch.linalg.eigvals(instance.A)[0][None]).abs()
+    assert float(gaps.amin(0).max()) < 0.05
     known, _ = kalman.subspace(y, 4, known_C=instance.C)
     torch.testing.assert_close(known.C, instance.C)
+    # The same law in another gauge.
+    for k in range(1, 5):
+        one, same = (m.C @ torch.linalg.matrix_power(m.A, k) @ m.Q @ m.C.mT for m in (found, known))
+        torch.testing.assert_close(same, one)
     torch.testing.assert_close(
         torch.linalg.eigvals(known.A).abs().sort().values, torch.linalg.eigvals(found.A).abs().sort().values
     )

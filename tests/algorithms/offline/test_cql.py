@@ -83,6 +83,10 @@ def test_one_step_is_written_out(ray_session: None, max_backup: bool, cloning: f
         precision="float64", num_actions=N, alpha=alpha, tau=tau, max_backup=max_backup, cloning=cloning
     )
     learner, module = algorithm.learner_group._learner, algorithm.rl_module
+    # Target critics far from each other, so that the smaller of the two is not the same at every action.
+    shifts = torch.Generator().manual_seed(1)
+    for p in module.target_critics.weight:
+        p.data = torch.randn(p.shape, generator=shifts, dtype=torch.float64)
     reference, (rng,) = copy.deepcopy(module), copy.deepcopy(learner.streams)
     g = torch.Generator().manual_seed(0)
 
@@ -93,7 +97,7 @@ def test_one_step_is_written_out(ray_session: None, max_backup: bool, cloning: f
     action = 2 * torch.rand(B, 1, generator=g, dtype=torch.float64) - 1
     terminated = torch.tensor([1.0, 0, 0, 1, 0, 0]).double()
     rows = {"obs": obs, "next_obs": following, "action": action, "reward": reward, "terminated": terminated}
-    learner.step({name: value.unsqueeze(0) for name, value in rows.items()})
+    report = learner.step({name: value.unsqueeze(0) for name, value in rows.items()})
 
     def q(net: Any, s: Tensor, a: Tensor) -> Tensor:
         pair = torch.cat([s, a], -1)
@@ -121,11 +125,16 @@ def test_one_step_is_written_out(ray_session: None, max_backup: bool, cloning: f
     with torch.no_grad():
         centre, spread, _ = policy(following)
         noise = drawn("standard_normal", N if max_backup else 1)
-        ahead = [
-            q(reference.target_critics, following, (centre + spread * noise[:, n]).tanh()).amin(0)
-            for n in range(noise.shape[1])
-        ]
-        target = reward + 0.99 * (1 - terminated) * torch.stack(ahead).amax(0)
+        ahead = torch.stack(
+            [
+                q(reference.target_critics, following, (centre + spread * noise[:, n]).tanh())
+                for n in range(noise.shape[1])
+            ]
+        )
+        if max_backup:
+            swapped = (1 - terminated) * (ahead.amin(1).amax(0) - ahead.amax(0).amin(0))
+            assert float(swapped.abs().max()) > 0.01
+        target = reward + 0.99 * (1 - terminated) * ahead.amin(1).amax(0)
     own = (mean + std * drawn("standard_normal", 1)[:, 0]).tanh()
     log_p = density.log_prob(own).sum(-1)
     heat = torch.optim.Adam([reference.log_temperature], lr=1e-4)
@@ -133,15 +142,21 @@ def test_one_step_is_written_out(ray_session: None, max_backup: bool, cloning: f
     heat.step()
     gain = density.log_prob(action).sum(-1) if cloning else q(reference.critics, obs, own).amin(0)
     actor = torch.optim.Adam(reference.actor.parameters(), lr=1e-4)
-    (reference.log_temperature.exp().detach().squeeze() * log_p - gain).mean().backward()
+    actor_loss = (reference.log_temperature.exp().detach().squeeze() * log_p - gain).mean()
+    actor_loss.backward()
     actor.step()
     critic = torch.optim.Adam(reference.critics.parameters(), lr=3e-4)
     critic.zero_grad()
     data = q(reference.critics, obs, action)
     ratios = [q(reference.critics, obs, a).exp() / d.exp() for a, d in tried]
     penalty = (torch.stack(ratios).mean(0).log() - data).mean(1).sum()
-    (((data - target) ** 2).mean(1).sum() + alpha * penalty).backward()
+    critic_loss = ((data - target) ** 2).mean(1).sum()
+    (critic_loss + alpha * penalty).backward()
     critic.step()
+    # Adam's first step shows the signs of a gradient alone; the losses that are reported show the rest.
+    wanted = {"actor_loss": actor_loss, "critic_loss": critic_loss, "penalty": penalty}
+    for name, loss in wanted.items():
+        torch.testing.assert_close(report[name], loss.detach()[None], msg=name)
     for slow, fast in zip(reference.target_critics.parameters(), reference.critics.parameters(), strict=True):
         slow.data = tau * fast.data + (1 - tau) * slow.data
     for name, value in reference.state_dict().items():

@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mobula.algorithms.offline import ivr_experiment
+from mobula.algorithms.offline import ivr, ivr_experiment, tabular
+from mobula.algorithms.offline.baselines.bc import BCConfig
+from mobula.algorithms.offline.baselines.iql import IQLConfig
+from mobula.algorithms.offline.ivr import EQLConfig, SQLConfig
 from mobula.envs.datasets import recipes
-from mobula.envs.mazes import PointMaze2D
+from mobula.envs.mazes import FourRooms, PointMaze2D
 from mobula.experiment.core import Experiment, Results, Task
 
 
@@ -77,6 +81,52 @@ def test_a_smaller_drop_is_a_positive_difference() -> None:
     # Drops 1 and 2 of mine, 5 and 7 of the other.
     assert found.value == pytest.approx(((5 - 1) + (7 - 2)) / 2)
     assert found.n == 2
+
+
+@pytest.mark.parametrize("config_class", [SQLConfig, EQLConfig, IQLConfig, BCConfig])
+def test_scores_at_equal_sharpness(config_class: Any) -> None:
+    """Each method's policy at d log w / d A = kappa (at w = 1), its value by iteration over that of the optimum, zeros by hand."""
+    task = Task("four_rooms", env_config={"share": 0.3, "size": 400})
+    (found,) = ivr_experiment.tabular_run(config_class(), task, [5])
+    counts = ivr_experiment.four_rooms_counts(0.3, 400, [5])
+    counts = tabular.Counts(*(part[0] for part in counts))
+    world, gamma = FourRooms(1), 0.97
+    P, r = world.model()
+
+    def value(pi: Any) -> float:
+        V = torch.zeros(104, dtype=torch.float64)
+        for _ in range(800):
+            V = (pi * (r + gamma * P @ V)).sum(-1)
+        return float(V[world.start_state]) / 0.5256
+
+    def weights_of(kappa: float) -> list[Any]:
+        if config_class is BCConfig:
+            return [torch.ones_like(counts.mu)]
+        if config_class is IQLConfig:
+            tables = [
+                tabular.iterate(counts, lambda Q, mu, tau=tau: tabular.expectile(Q, mu, tau), gamma)
+                for tau in (0.7, 0.9)
+            ]
+            return [(kappa * (Q[0] - V[0, :, None])).exp() for V, Q in tables]
+        alpha = {"sql": 1 / (2 * kappa), "eql": 1 / kappa}[config_class.kind]
+        V, Q = ivr.solve(counts, config_class.kind, torch.tensor([alpha]), gamma)
+        gap = Q[0] - V[0, :, None]
+        return [(1 + gap / (2 * alpha)).clamp_min(0) if config_class is SQLConfig else (gap / alpha).exp()]
+
+    for kappa in (10.0, 100.0):
+        wanted = max(value(tabular.extract(counts.mu, weight)) for weight in weights_of(kappa))
+        name = "score" if config_class is BCConfig else f"score_{kappa:g}"
+        assert found[name] == pytest.approx(wanted, rel=2e-4)
+    if config_class is SQLConfig:
+        seen, shares = counts.mu > 0, []
+        for alpha in (1.0, 0.1, 0.01):
+            weight = weights_of(1 / (2 * alpha))[0]
+            shares.append(float((weight[seen] == 0).double().mean()))
+            assert found[f"zeros_{alpha:g}"] == pytest.approx(shares[-1])
+        assert shares[2] > 0
+        assert found["zeros_rise"] == pytest.approx(min(np.diff(shares)))
+    elif config_class is not BCConfig:
+        assert found["zeros_0.01"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["sql", "eql"])

@@ -3,6 +3,9 @@ the theory, steps of several seeds and learners against single ones."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from gymnasium import spaces
@@ -173,6 +176,23 @@ def test_operators_are_monotone_and_commute_with_constants() -> None:
         torch.testing.assert_close(operator(Q + 7.0), operator(Q) + 7.0)
 
 
+def test_shares_that_are_reported() -> None:
+    """Of rows without a part in the gradient of (1), and of rows at the cap of (2)."""
+    found: Any = SimpleNamespace(config=SimpleNamespace(alpha=0.5))
+    V = torch.zeros(1, 4)
+    q = torch.tensor([[-1.5, -1.0, -0.9, 0.0]])
+    assert ivr.SQLLearner.extra(found, q, V)["ignored_by_value"].tolist() == [[1, 1, 0, 0]]
+    q = torch.tensor([[2.6, 2.5, -2.6, 0.0]])
+    assert ivr.EQLLearner.extra(found, q, V)["capped"].tolist() == [[1, 0, 0, 0]]
+    # Loss (2) is scaled by the largest exponent of the batch, here 1: exponents 1, 0, -2 and -4.
+    found.config.num_learners = 1
+    loss = ivr.EQLLearner.value_loss(found, torch.tensor([[1.5, 1.0, 0.0, -1.0]]), V + 1)
+    wanted = (
+        sum(torch.tensor(z - 1.0).exp() for z in (1.0, 0.0, -2.0, -4.0)) / 4 + torch.tensor(-1.0).exp() * 2
+    )
+    torch.testing.assert_close(loss, wanted[None])
+
+
 def test_weights() -> None:
     A = torch.tensor([-3.0, -0.5, 0.0, 0.5, 400.0])
     assert ivr.sparse_weight(A, 1.0, "release", 100.0).tolist() == [0, 0, 0, 0.5, 100]
@@ -209,6 +229,8 @@ def test_counts_and_the_fixed_point() -> None:
     torch.testing.assert_close(counts.mu[0], torch.tensor([1 / 3, 2 / 3]).double())
     assert counts.P[0, 1].tolist() == [1, 0, 0]
     assert float(counts.P[1].sum()) == 0.0
+    paid = tabular.count(**{**tensors, "reward": torch.tensor([2.0, 3.0, 5.0, 1.0])}, S=3, A=2)
+    assert paid.r.tolist() == [[2.0, 4.0], [1.0, 0.0], [0.0, 0.0]]
     gamma, alpha = 0.9, 0.5
     V, Q = ivr.solve(counts, "eql", torch.tensor([alpha]), gamma)
     assert float(V[0, 1]) == pytest.approx(1.0)
@@ -251,14 +273,52 @@ def test_extraction_without_weight_is_the_behaviour() -> None:
     torch.testing.assert_close(pi, torch.tensor([[0.2, 0.8], [0.75, 0.25], [0.5, 0.5]]).double())
 
 
+def test_extraction_from_logarithms_and_the_value_of_a_policy() -> None:
+    """Weights by their logarithms give the same policy; its value is the discounted sum of what it earns."""
+    Q, mu = problem(7, states=6, actions=6)
+    pi = tabular.extract_log(mu, Q)
+    torch.testing.assert_close(pi, tabular.extract(mu, Q.exp()))
+    g = torch.Generator().manual_seed(3)
+    P = torch.rand(6, 6, 6, generator=g, dtype=torch.float64)
+    P = 0.9 * P / P.sum(-1, keepdim=True)
+    r, wanted, here = Q.tanh(), torch.zeros(6).double(), torch.eye(6).double()
+    for t in range(200):
+        wanted += 0.8**t * here @ (pi * r).sum(-1)
+        here = here @ torch.stack([sum(pi[s, a] * P[s, a] for a in range(6)) for s in range(6)])
+    torch.testing.assert_close(tabular.policy_value(pi, P, r, 0.8), wanted)
+
+
 def test_baselines_losses_by_hand() -> None:
     q, v = torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2)
     assert float(expectile_loss(q, v, 0.7)) == pytest.approx((0.7 + 0.3) / 2)
     assert float(expectile_loss(2 * q, v, 0.9)) == pytest.approx((0.9 * 4 + 0.1 * 4) / 2)
+    # Rows above V weigh the expectile, rows below it the rest.
+    assert float(expectile_loss(torch.tensor([[1.0, -2.0]]), v, 0.7)) == pytest.approx((0.7 + 0.3 * 4) / 2)
     value = torch.tensor([[2.0, -4.0]])
     pi, a = torch.tensor([[[0.5], [0.0]]]), torch.tensor([[[0.0], [1.0]]])
     # lambda = 2.5 / 3; mean Q = -1; cloning (0.25 + 1) / 2.
     assert float(actor_objective(value, pi, a, 2.5)) == pytest.approx(2.5 / 3 + 0.625)
+
+
+def test_indices_as_observations_and_actions() -> None:
+    """One-hot features, a categorical density, the likeliest action; boxes lose their mean and are divided by their scale."""
+    spec = ivr.SQLConfig().training(num_seeds_batched=2, precision="float64").get_default_rl_module_spec()
+    spec.observation_space, spec.action_space = spaces.Discrete(5), spaces.Discrete(4)
+    module: Any = spec.build()
+    obs, action = torch.tensor([[3, 0, 1], [2, 2, 4]]), torch.tensor([[0, 3, 2], [1, 1, 0]])
+    features = module.features(obs)
+    assert features.shape == (2, 3, 5) and torch.equal(features.argmax(-1), obs)
+    assert float(features.sum()) == 6.0
+    logits = module.actor(features)
+    law = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(module.log_prob(features, action), law.log_prob(action))
+    assert torch.equal(module.best_action(features), law.probs.argmax(-1))
+    spec.observation_space = spaces.Box(-9, 9, (2,))
+    module = spec.build()
+    module.obs_mean.copy_(torch.tensor([1.0, -2.0]))
+    module.obs_scale.copy_(torch.tensor([0.5, 4.0]))
+    found = module.features(torch.tensor([[2.0, 6.0]]))
+    torch.testing.assert_close(found, torch.tensor([[2.0, 2.0]]).double())
 
 
 def test_log_density_of_the_actor() -> None:
