@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -26,8 +27,35 @@ from mobula.algorithms.bandits.emkf_bandit.math import (
 from mobula.algorithms.common.linear import kalman
 from mobula.algorithms.common.linear.kalman import StateSpace, mv
 from mobula.learning.learners import Learner
+from mobula.metrics import gather
 
 logger = logging.getLogger("mobula")
+
+
+def em(
+    model: StateSpace, y: Tensor, u: Tensor, *, iterations: int, known_C: Tensor | None, workers: int
+) -> kalman.Fit:
+    """`kalman.em`, its series shared out over Ray tasks (`workers` 0: this process): no series knows of another."""
+    if not workers:
+        return kalman.em(model, y, u, iterations=iterations, known_C=known_C)
+    task = ray.remote(num_cpus=1)(kalman.em)
+    calls = [
+        task.remote(
+            model.select(part),
+            y[part],
+            u[part],
+            iterations=iterations,
+            known_C=None if known_C is None else known_C[part],
+        )
+        for part in torch.arange(len(y)).tensor_split(min(workers, len(y)))
+    ]
+    found: list[kalman.Fit] = gather(calls, "refits")
+    longest = max(len(fit.trace) for fit in found)
+    traces = [
+        torch.nn.functional.pad(fit.trace, (0, 0, 0, longest - len(fit.trace)), value=math.nan)
+        for fit in found
+    ]
+    return kalman.Fit(StateSpace.cat([fit.model for fit in found]), torch.cat(traces, 1))
 
 
 class Streams:
@@ -65,6 +93,7 @@ class Streams:
         use_rewards: bool = False,
         normalise_gauge: bool = False,
         restarts: int = 1,
+        workers: int = 0,
         forget: float = 1.0,
         pool: bool = False,
         demean: bool = False,
@@ -87,7 +116,7 @@ class Streams:
         self.inflate, self.use_rewards = inflate, use_rewards
         self.window = None if window is None else int(window)
         self.normalise_gauge, self.restarts, self.pool = normalise_gauge, restarts, pool
-        self.demean, self.intercept, self.kind = demean, intercept, context
+        self.demean, self.intercept, self.kind, self.workers = demean, intercept, context, workers
         self.oracle = model is not None
         order = int(self.order[0])
         self.model = padded(naive_start(streams, order, m, inputs), self.d) if model is None else model
@@ -310,18 +339,23 @@ class Streams:
             # The M-step raises the likelihood of one model for all streams, so it has to begin with one.
             starts = [StateSpace(*(part[:1].expand_as(part) for part in start)) for start in starts]
         C = None if self.known_C is None else self.known_C.expand(self.n, self.m, d)
-        if self.pool or len(starts) == 1:
-            fits = [
-                kalman.em(s, data, u, iterations=self.em_iters, known_C=C, pool=self.pool) for s in starts
-            ]
+        if self.pool:
+            given = {"iterations": self.em_iters, "known_C": C, "pool": True}
+            if self.workers:
+                task = ray.remote(num_cpus=1)(kalman.em)
+                calls = (task.remote(s, data, u, **given) for s in starts)
+                fits = gather(calls, "refits", limit=self.workers)
+            else:
+                fits = [kalman.em(s, data, u, **given) for s in starts]
         else:
             copies = len(starts)
-            joint = kalman.em(
+            joint = em(
                 StateSpace.cat(starts),
                 data.repeat(copies, 1, 1),
                 u.repeat(copies, 1, 1),
                 iterations=self.em_iters,
                 known_C=None if C is None else C.repeat(copies, 1, 1),
+                workers=self.workers,
             )
             fits = [
                 kalman.Fit(joint.model.select(part), joint.trace[:, part])

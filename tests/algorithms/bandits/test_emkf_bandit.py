@@ -167,6 +167,24 @@ def test_the_order_is_chosen_by_bic() -> None:
         EMKFBanditConfig().training(d="aic")
 
 
+@pytest.mark.parametrize(
+    "options", [{"restarts": 2, "init": "random"}, {"pool": True, "restarts": 2, "init": "random"}]
+)
+def test_workers_change_nothing(ray_session: None, options: dict[str, Any]) -> None:
+    """Streams and restarts of a refit on two tasks, of unlike sizes and lengths of EM: models, likelihoods and arms are those of one."""
+    alone, chosen, _ = played([0, 1, 2], rounds=210, em_iters=8, **options)
+    shared, again, _ = played([0, 1, 2], rounds=210, em_iters=8, workers=2, **options)
+    assert shared.refits == alone.refits == 3
+    assert torch.equal(again, chosen)
+    # Sums of another batch differ in their last bits, and EM carries that on.
+    for name, part in alone.model._asdict().items():
+        torch.testing.assert_close(getattr(shared.model, name), part, rtol=1e-6, atol=1e-9)
+    for one, two in zip(alone.traces, shared.traces, strict=True):
+        length = min(len(one), len(two))
+        torch.testing.assert_close(two[:length], one[:length], rtol=1e-9, atol=0, equal_nan=True)
+    torch.testing.assert_close(shared.likelihood, alone.likelihood, rtol=1e-9, atol=0)
+
+
 def test_forgetting_weighs_the_past_alike_online_and_after_a_refit() -> None:
     streams, _, _ = played([0], rounds=260, forget=0.98)
     online = streams.B.clone(), streams.f.clone()
