@@ -340,7 +340,7 @@ class Streams:
             starts = [StateSpace(*(part[:1].expand_as(part) for part in start)) for start in starts]
         C = None if self.known_C is None else self.known_C.expand(self.n, self.m, d)
         if self.pool:
-            given = {"iterations": self.em_iters, "known_C": C, "pool": True}
+            given: dict[str, Any] = {"iterations": self.em_iters, "known_C": C, "pool": True}
             if self.workers:
                 task = ray.remote(num_cpus=1)(kalman.em)
                 calls = (task.remote(s, data, u, **given) for s in starts)
