@@ -16,9 +16,8 @@ from mobula.serving.gateway import create_app
 from mobula.settings import make_config
 
 METHODS = [e.name for e in registry.methods() if issubclass(registry.config_class(e.name), MethodConfig)]
-SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("BC", "CQL", "IQL", "TD3BC", "eql", "sql"), {"data": "pendulum/scripted-mixed-0.5,size=2000"}),
-}
+LOGGED: dict[str, Any] = {"data": "pendulum/scripted-mixed-0.5,size=2000"}
+SETTINGS = {name: LOGGED for name in ("BC", "CQL", "IQL", "TD3BC", "eql", "sql")}
 ENVS = {"PPO": "pendulum", **dict.fromkeys(("mac", "ac_fixed", "ppgae", "reinforce_avg"), "goal_grid")}
 
 
