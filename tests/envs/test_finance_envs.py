@@ -456,6 +456,18 @@ def test_lots_participation_and_impact() -> None:
         StockTrading(1, market=market(np.full((5, 1), 10.0)), impact="sqrt", **ALL)
 
 
+def test_a_sale_that_costs_more_than_it_brings_is_not_made() -> None:
+    m = market(np.full((5, 2), [10.0, 100.0]), opens=np.full((5, 2), [10.0, 100.0]))
+    env = StockTrading(
+        1, market=m, training=False, max_shares=3, min_rate=0.0, min_fee=40.0, cost_bps=0, holdings=5, **ALL
+    )
+    state, _, _ = env.transition(still(env), -torch.ones(1, 2))
+    # Three shares at 10 bring less than the fee of 40; three at 100 do not.
+    assert state["shares"].tolist() == [[5.0, 2.0]]
+    assert float(state["cash"]) == pytest.approx(1e6 + 300 - 40)
+    assert float(state["paid"]) == pytest.approx(40.0)
+
+
 def test_the_terminal_bonus_replaces_the_last_reward() -> None:
     m = walk(30)
     options: dict[str, Any] = {**ALL, "market": m, "training": False, "holdings": 40.0, "gamma": 0.9}
@@ -591,6 +603,58 @@ def test_portfolio_fills_and_rewards() -> None:
         assert float(reward) == pytest.approx(100 * math.log(wanted))
     weights, total = grow(torch.tensor([0.5, 0.5]), torch.tensor([3.0]))
     assert float(total) == 2.0 and weights.tolist() == [0.25, 0.75]
+
+
+def test_portfolio_costs_in_money() -> None:
+    """Positions in currency at the prices of the fill, before and after the trade: what it cost, and how much changed hands."""
+    m = walk(40, 3)
+    buy, sell = torch.tensor([30.0, 5.0, 60.0]).double() / 1e4, torch.tensor([10.0, 80.0, 0.0]).double() / 1e4
+    env = PortfolioAllocation(
+        16,
+        market=m,
+        fill="next_open",
+        buy_cost_bps=(buy * 1e4).tolist(),
+        sell_cost_bps=(sell * 1e4).tolist(),
+        episode_length=20,
+        reward="simple",
+        **ALL,
+    )
+    env.reset(seed=3)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(19):
+        old, action = env.state, 2 * torch.rand(16, 4, generator=g) - 1
+        _, reward, *_ = env.step(action)
+        new = env.state
+        before, after = env.price[old["t"]], env.price[new["t"]]
+        assert m.open is not None
+        fill = m.open[new["t"]]
+        held = old["value"][:, None] * old["weights"][:, 1:] * fill / before
+        then = new["value"][:, None] * new["weights"][:, 1:] * fill / after
+        trade = then - held
+        cost = (buy * trade.clamp_min(0) + sell * (-trade).clamp_min(0)).sum(-1)
+        torch.testing.assert_close(new["paid"] - old["paid"], cost, rtol=1e-8, atol=1e-4)
+        torch.testing.assert_close(new["traded"] - old["traded"], trade.abs().sum(-1), rtol=1e-8, atol=1e-4)
+        torch.testing.assert_close(
+            reward.double(), 100 * (new["value"] / old["value"] - 1), rtol=1e-4, atol=1e-6
+        )
+        # What was wanted is what is held right after the trade.
+        wanted = (3.0 * action.double()).softmax(-1)
+        whole = then.sum(-1) + new["value"] * new["weights"][:, 0]
+        torch.testing.assert_close(then / whole[:, None], wanted[:, 1:], rtol=1e-6, atol=1e-9)
+
+
+def test_features_without_the_unit_of_a_price() -> None:
+    """Indicators in prices over the close, averages as log-ratios, others as they are; the 60-day mean and the volatility."""
+    m = walk(90, 2)
+    names = ("macd", "boll_ub", "rsi_30", "close_30_sma")
+    g = torch.Generator().manual_seed(0)
+    feat = torch.rand(90, 2, 4, generator=g) * 40 + 10
+    found = tensors.relative(dataclasses.replace(m, names=names, feat=feat))
+    close = m.close
+    mean = torch.stack([close[max(0, t - 59) : t + 1].mean(0) for t in range(90)])
+    macd, bound, rsi, average = feat.double().unbind(-1)
+    wanted = [macd / close, bound / close - 1, rsi, (average / close).log(), (close / mean).log(), m.sigma]
+    torch.testing.assert_close(found, torch.stack(wanted, -1))
 
 
 def test_portfolio_observations() -> None:
