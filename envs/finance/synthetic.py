@@ -33,7 +33,7 @@ def regime_garch(
     ic  correlation of a signal s [days, symbols] (AR(1), coefficient 0.9), known at the close of a day, with the residual e of the
         next day
 
-    Returns open, high, low, close, volume, signal [days, symbols], regime and variance [days].
+    Returns open, high, low, close, volume, signal, returns [days, symbols], regime, factor (f) and variance (h) [days].
     """
     if days < 2 or symbols < 1 or not 0 <= ic < 1:
         raise ConfigError("regime_garch: days >= 2, symbols >= 1 and 0 <= ic < 1 are needed")
@@ -85,6 +85,7 @@ def regime_garch(
         "signal": signal,
         "returns": returns,
         "regime": regime,
+        "factor": f,
         "variance": h,
     }
 

@@ -166,6 +166,11 @@ def test_baselines_trade_on_one_ledger(tmp_path: Path) -> None:
     first = found.weights[1, found.names.index("inverse_volatility"), 1:].numpy()
     drift = price[1].numpy() / price[0].numpy() / past.std(0)
     np.testing.assert_allclose(first, drift / drift.sum(), rtol=1e-6)
+    # Momentum leaves the last month out: what rose until then is held, what rose in it alone is not.
+    early, late = np.zeros((252, 6)), np.r_[np.zeros((231, 6)), np.full((21, 6), 0.05)]
+    early[:231, [1, 4]], early[231:, [1, 4]] = 0.001, -0.03
+    late[:, [1, 4]] = 0.0
+    assert baselines.momentum(early + late).tolist() == [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]
     low = found.weights[1, found.names.index("min_variance"), 1:].numpy()
     assert low @ np.cov(past.T) @ low < 0.9 * np.full(5, 0.2) @ np.cov(past.T) @ np.full(5, 0.2)
     metrics.backtest_figure(

@@ -65,6 +65,12 @@ def test_the_packaged_replay() -> None:
     price = market.prices[:, 0]
     wanted = (price[day + 1] / price[day] - 1) / replay.scale
     torch.testing.assert_close(replay.payoffs[10, 0], wanted)
+    # What was held at the close of the day earns the return to the next.
+    stocks = load_daily("us20", "1990-01-01")
+    at = int((stocks.dates == replay.dates[10]).nonzero()[0][0])
+    held, _ = weights(stocks.prices[: at + 1], price[: day + 1])
+    earned = held[-1] @ (stocks.prices[at + 1] / stocks.prices[at] - 1) / replay.scale
+    torch.testing.assert_close(replay.payoffs[10, 3:], earned[3:])
     # Standardised on the training block, not on what is played.
     assert abs(float(replay.y[:, 1].mean())) > 0.05
     with pytest.raises(ConfigError, match="less than a year"):

@@ -43,6 +43,9 @@ def test_thresholds_come_from_the_initial_range() -> None:
     assert rule(150, rule="adaptive") == pytest.approx(float(tau[:100].quantile(0.9)))
     # The mean of the 63 bars up to 100 is 69, below the 0.90 quantile: the in-sample maximum.
     assert rule(100, rule="adaptive") == 100.0
+    # Zeros are bars before the turbulence is known.
+    begun = torch.cat([torch.zeros(50, dtype=torch.float64), tau[:150]])
+    assert market_rl.threshold(begun, 100, 150, q=0.5, rule="quantile") == pytest.approx(25.5)
     # Nothing after the initial range, or after the start of validation, has a part.
     later = tau.clone()
     later[150:] = 1e9
