@@ -461,7 +461,9 @@ def save_checkpoint(algorithm: Any, path: Path, *, keep: int = 1) -> None:
         algorithm.save_to_path(str(folder.resolve()))
         write_json(folder / CHECKPOINT_MARK, {"training_iteration": algorithm.training_iteration})
     earlier = sorted((path / "checkpoints").glob("[0-9]*"))
-    for folder in earlier[: max(len(earlier) - keep + 1, 0)]:
+    # What a kill left half-written is not needed any more either.
+    stray = (*path.glob(".checkpoint.*"), *(path / "checkpoints").glob(".[0-9]*"))
+    for folder in (*earlier[: max(len(earlier) - keep + 1, 0)], *stray):
         shutil.rmtree(folder)
 
 

@@ -58,6 +58,26 @@ def test_a_checkpoint_that_is_not_whole_is_never_picked(tmp_path: Path) -> None:
     assert running.newest_checkpoint(tmp_path) == (old, 4)
 
 
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    class Saved:
+        training_iteration = 0
+
+        def save_to_path(self, path: str) -> None:
+            (Path(path) / "state").write_text(str(self.training_iteration))
+
+    algorithm: Any = Saved()
+    for name in (".checkpoint.a1", ".checkpoint.old.b2/checkpoint", "checkpoints/.000003.c3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "state").write_text("half")
+    for iteration in (4, 5, 6):
+        algorithm.training_iteration = iteration
+        running.save_checkpoint(algorithm, tmp_path, keep=2)
+        assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "checkpoints"}
+        assert running.newest_checkpoint(tmp_path) == (tmp_path / "checkpoint", iteration)
+        kept = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+        assert kept == ([] if iteration == 4 else [f"{iteration - 1:06d}"])
+
+
 def test_simulators_that_cannot_be_copied_begin_new_episodes(ray_session: None, tmp_path: Path) -> None:
     """MuJoCo's are made anew when they are copied: a resumed run must not take such a one for the one that it left."""
     hopper = make_config(
