@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from ray import tune
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -44,7 +43,7 @@ from mobula.envs.finance.market_env import MarketEnv
 from mobula.envs.finance.walkforward import Window, windows
 from mobula.errors import ConfigError
 from mobula.method import Method, MethodConfig, hyperparameter
-from mobula.metrics import gather
+from mobula.metrics import spread
 from mobula.sampling.tensor_env import TensorEnv
 
 # What is chosen, as functions -------------------------------------------------------------------------------------
@@ -298,11 +297,7 @@ class MarketRL(Method, config=MarketRLConfig):
             windows = 1 if c.warm_start else max(1, math.ceil(c.workers / len(agents)))
             rolls = range(self.roll, min(self.roll + windows, len(self.windows)))
             jobs = [self._job(roll, family, k) for roll in rolls for family, k in agents]
-            if c.workers:
-                task = ray.remote(num_cpus=1)(train_agent)
-                found = gather((task.remote(*job) for job in jobs), "agents", limit=c.workers)
-            else:
-                found = [train_agent(*job) for job in jobs]
+            found = spread(train_agent, jobs, c.workers, "agents")
             for i, roll in enumerate(rolls):
                 self.ready[roll] = found[i * len(agents) : (i + 1) * len(agents)]
         state: dict[str, Any] = {}

@@ -339,6 +339,21 @@ def gather(calls: Iterable[Any], group: str, limit: int | None = None) -> list[A
     return answers
 
 
+@cache
+def _task(function: Callable[..., Any]) -> Any:
+    """The function as a Ray task of one core, made once: every other one would be sent to the cluster again."""
+    return ray.remote(num_cpus=1)(function)
+
+
+def spread(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int, group: str
+) -> list[Any]:
+    """[function(*job) for job in jobs]: in this process (`workers` 0), or as Ray tasks of one core each, `workers` at one time."""
+    if not workers:
+        return [function(*job) for job in jobs]
+    return gather((_task(function).remote(*job) for job in jobs), group, limit=workers)
+
+
 # RLlib's own algorithms -----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import posixpath
 import threading
 import time
 from collections.abc import Iterator
@@ -300,6 +301,12 @@ def test_calls_are_made_as_others_end(ray_session: None) -> None:
     assert made == [0, 1, 2, 3, 4]
     assert 1 <= ray.get(counter.add.remote(0)) <= 2
     assert gather(iter(()), "none", limit=2) == []
+
+
+def test_jobs_are_done_here_or_as_tasks(ray_session: None) -> None:
+    jobs = [("a", "b"), ("c", "d"), ("e", "/f")]
+    for workers in (0, 2):
+        assert metrics.spread(posixpath.join, jobs, workers, "paths") == ["a/b", "c/d", "/f"]
 
 
 def test_rllibs_own_algorithms_are_watched_once_beside_other_callbacks() -> None:

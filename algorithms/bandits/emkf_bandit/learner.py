@@ -6,7 +6,6 @@ import logging
 import math
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor
 
@@ -27,29 +26,26 @@ from mobula.algorithms.bandits.emkf_bandit.math import (
 from mobula.algorithms.common.linear import kalman
 from mobula.algorithms.common.linear.kalman import StateSpace, mv
 from mobula.learning.learners import Learner
-from mobula.metrics import gather
+from mobula.metrics import spread
 
 logger = logging.getLogger("mobula")
+
+
+def _em(
+    model: StateSpace, y: Tensor, u: Tensor, iterations: int, known_C: Tensor | None, pool: bool
+) -> kalman.Fit:
+    return kalman.em(model, y, u, iterations=iterations, known_C=known_C, pool=pool)
 
 
 def em(
     model: StateSpace, y: Tensor, u: Tensor, *, iterations: int, known_C: Tensor | None, workers: int
 ) -> kalman.Fit:
     """`kalman.em`, its series shared out over Ray tasks (`workers` 0: this process): no series knows of another."""
-    if not workers:
-        return kalman.em(model, y, u, iterations=iterations, known_C=known_C)
-    task = ray.remote(num_cpus=1)(kalman.em)
-    calls = [
-        task.remote(
-            model.select(part),
-            y[part],
-            u[part],
-            iterations=iterations,
-            known_C=None if known_C is None else known_C[part],
-        )
-        for part in torch.arange(len(y)).tensor_split(min(workers, len(y)))
+    jobs = [
+        (model.select(part), y[part], u[part], iterations, None if known_C is None else known_C[part], False)
+        for part in torch.arange(len(y)).tensor_split(max(1, min(workers, len(y))))
     ]
-    found: list[kalman.Fit] = gather(calls, "refits")
+    found: list[kalman.Fit] = spread(_em, jobs, workers, "refits")
     longest = max(len(fit.trace) for fit in found)
     traces = [
         torch.nn.functional.pad(fit.trace, (0, 0, 0, longest - len(fit.trace)), value=math.nan)
@@ -340,13 +336,8 @@ class Streams:
             starts = [StateSpace(*(part[:1].expand_as(part) for part in start)) for start in starts]
         C = None if self.known_C is None else self.known_C.expand(self.n, self.m, d)
         if self.pool:
-            given: dict[str, Any] = {"iterations": self.em_iters, "known_C": C, "pool": True}
-            if self.workers:
-                task = ray.remote(num_cpus=1)(kalman.em)
-                calls = (task.remote(s, data, u, **given) for s in starts)
-                fits = gather(calls, "refits", limit=self.workers)
-            else:
-                fits = [kalman.em(s, data, u, **given) for s in starts]
+            jobs = [(start, data, u, self.em_iters, C, True) for start in starts]
+            fits = spread(_em, jobs, self.workers, "refits")
         else:
             copies = len(starts)
             joint = em(

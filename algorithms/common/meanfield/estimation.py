@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
@@ -26,7 +25,7 @@ from mobula.envs.meanfield.continuous import Bins, ContinuousLogs
 from mobula.envs.meanfield.graphon import FiniteMFG, Graphon
 from mobula.envs.meanfield.logs import Logs
 from mobula.errors import ConfigError, DataError
-from mobula.metrics import gather
+from mobula.metrics import spread
 
 LARGEST_EXACT = 8
 """Agents up to which every permutation of unknown positions is tried."""
@@ -473,7 +472,7 @@ def learn(
         if one == "list" and logs.labels is None:
             tries *= starts
         jobs += [(one, i) for i in range(tries)]
-    found = spread(attempt, [(train, settings, one, i, candidates) for one, i in jobs], workers)
+    found = spread(attempt, [(train, settings, one, i, candidates) for one, i in jobs], workers, "fits")
     best: dict[str, tuple[float, Shape, Tensor]] = {}
     for (one, _), answer in zip(jobs, found, strict=True):
         if one not in best or answer[0] < best[one][0] - 1e-12:
@@ -506,15 +505,6 @@ def learn(
         candidates,
         [] if share_time else steps,
     )
-
-
-def spread(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """function(*job) of every job, in this process (`workers` 0) or as Ray tasks of one core each, in the order of the jobs."""
-    if workers == 0:
-        return [function(*job) for job in jobs]
-    task = ray.remote(num_cpus=1)(function)
-    answers: list[Any] = gather([task.remote(*job) for job in jobs], "fits")
-    return answers
 
 
 def split(logs: Any, settings: Settings) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ from mobula.envs.markets.assignment import Assignment
 from mobula.envs.markets.design import OBJECTIVES, Problem, make_problem
 from mobula.errors import ConfigError
 from mobula.method import Method, MethodConfig, hyperparameter
-from mobula.metrics import gather
+from mobula.metrics import spread
 
 ZERO_ANTICIPATION = (
     "T=0 is zero anticipation: the leader would take routes as given, and zero anticipation is perilous"
@@ -327,7 +327,6 @@ class StackelbergCongestion(Method, config=StackelbergCongestionConfig):
         self.search = Search(self.problem, c.settings(self.problem), self.demand, starts, workers=c.workers)
         self.eval_every = int(c.eval_every or (1 if self.problem.network.num_ods < 100 else 25))
         self._warm: dict[tuple[int, int], Assignment] = {}
-        self._task = ray.remote(num_cpus=1)(_judged) if c.workers else None
         self._sent: dict[str, Any] = {}
         self.bounds = [designs.bounds(self.problem, demand=f, gap=c.eval_gap) for f in self.factors]
         baseline = float(np.mean([b.objective for b in self.bounds]))
@@ -404,10 +403,7 @@ class StackelbergCongestion(Method, config=StackelbergCongestionConfig):
             (self.problem, search.y[i].numpy(), self.factors[s], c.eval_gap, self._warm.get((s, i)))
             for s, i in pairs
         ]
-        if self._task is None:
-            found = [_judged(*call) for call in calls]
-        else:
-            found = gather((self._task.remote(*call) for call in calls), "workers")
+        found = spread(_judged, calls, c.workers, "judgements")
         self._warm = {pair: one.assignment for pair, one in zip(pairs, found, strict=True)}
         table = torch.tensor([one.objective for one in found], dtype=torch.float64).view(search.S, search.I)
         times = np.array([one.travel_time for one in found]).reshape(search.S, search.I)

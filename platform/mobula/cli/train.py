@@ -109,10 +109,7 @@ def train(
                 progress=progress,
                 verbose=verbose,
             )
-        if quiet:
-            typer.echo(run.path)
-        else:
-            _report(run)
+        _report(run, quiet)
         return
 
     given = settings.load_yaml(config) if config is not None else {}
@@ -150,10 +147,7 @@ def train(
             progress=progress,
             verbose=verbose,
         )
-    if quiet:
-        typer.echo(run.path)
-    else:
-        _report(run)
+    _report(run, quiet)
 
 
 def _dry_run(config: Any, address: str | None, verbose: bool) -> None:
@@ -235,7 +229,10 @@ def _train_help(context: typer.Context, method: str | None) -> None:
     show(table)
 
 
-def _report(run: Any) -> None:
+def _report(run: Any, quiet: bool) -> None:
+    if quiet:
+        typer.echo(run.path)
+        return
     from rich.table import Table
 
     from mobula.results import reward_per_step
