@@ -5,13 +5,17 @@ path flows.  Its state is the logits l (shares p = softmax of l within a pair), 
 changes nothing, and a share that is far below 1e-300 is still there.
 
 Every function takes a leading axis B (designs, starting points, demand scenarios); the path set is shared by all of B.
+
+The OD pairs may be cut into parts that lie in several processes (`cut`, `Part`): paths and shares then stay where they are, link flows
+are summed over the parts in every step, and the gradient of link costs in every step back.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from mobula.envs.markets.assignment import Path
 from mobula.envs.markets.networks import Network
-from mobula.errors import DataError, TrainingFault
+from mobula.errors import ConfigError, DataError, TrainingFault
 
 DENSE = 500_000
 """Entries of an incidence matrix up to which a dense product is the faster one."""
@@ -54,6 +58,26 @@ class PathSet:
     path_rows: Tensor
     delta: Tensor
     transposed: Tensor
+
+    @classmethod
+    def of(cls, links: int, pairs: int, od: Tensor, link_rows: Tensor, path_rows: Tensor) -> PathSet:
+        """The set with these entries of the incidence: dense where it is small, else sparse."""
+        K = len(od)
+        values = torch.ones(len(link_rows), dtype=torch.float64)
+        # Rows and columns come from the network's own tables: nothing to check again.
+        delta = torch.sparse_coo_tensor(
+            torch.stack([link_rows, path_rows]), values, (links, K), check_invariants=False
+        )
+        if links * K <= DENSE:
+            dense = delta.to_dense()
+            return cls(links, pairs, od, link_rows, path_rows, dense, dense.mT.contiguous())
+        flipped = torch.sparse_coo_tensor(
+            torch.stack([path_rows, link_rows]), values, (K, links), check_invariants=False
+        )
+        with warnings.catch_warnings():
+            # torch calls its CSR layout a beta.
+            warnings.simplefilter("ignore")
+            return cls(links, pairs, od, link_rows, path_rows, delta.to_sparse_csr(), flipped.to_sparse_csr())
 
     @property
     def size(self) -> int:
@@ -132,25 +156,86 @@ class Paths:
                 np.concatenate([np.asarray(path) for path in self._links]).astype(np.int64)
             )
             columns = torch.arange(K).repeat_interleave(lengths)
-            values = torch.ones(len(rows), dtype=torch.float64)
-            # Rows and columns come from the network's own tables: nothing to check again.
-            delta = torch.sparse_coo_tensor(
-                torch.stack([rows, columns]), values, (A, K), check_invariants=False
-            )
-            if A * K <= DENSE:
-                dense = delta.to_dense()
-                self._flat = PathSet(A, W, od, rows, columns, dense, dense.mT.contiguous())
-            else:
-                flipped = torch.sparse_coo_tensor(
-                    torch.stack([columns, rows]), values, (K, A), check_invariants=False
-                )
-                with warnings.catch_warnings():
-                    # torch calls its CSR layout a beta.
-                    warnings.simplefilter("ignore")
-                    self._flat = PathSet(
-                        A, W, od, rows, columns, delta.to_sparse_csr(), flipped.to_sparse_csr()
-                    )
+            self._flat = PathSet.of(A, W, od, rows, columns)
         return self._flat
+
+
+# OD pairs in several processes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """The paths of the OD pairs first, first + 1, ..: as a set of its own, and their columns [K'] in the whole set."""
+
+    first: int
+    columns: Tensor
+    paths: PathSet
+
+
+def cut(paths: PathSet, count: int) -> list[Share]:
+    """`paths` in `count` shares of neighbouring OD pairs with about as many entries of the incidence each.
+
+    Raises ConfigError where there are fewer OD pairs than shares.
+    """
+    if count > paths.pairs:
+        raise ConfigError(f"{paths.pairs} OD pairs cannot be cut into {count} shares")
+    entries = torch.bincount(paths.od[paths.path_rows], minlength=paths.pairs).cumsum(0)
+    ends = [0]
+    for i in range(1, count):
+        near = int(torch.searchsorted(entries, entries[-1] * i / count)) + 1
+        # At least one pair in this share and in each of those that follow.
+        ends.append(min(max(near, ends[-1] + 1), paths.pairs - count + i))
+    shares = []
+    for first, end in pairwise([*ends, paths.pairs]):
+        columns = ((paths.od >= first) & (paths.od < end)).nonzero()[:, 0]
+        place = torch.full((paths.size,), -1)
+        place[columns] = torch.arange(len(columns))
+        at = place[paths.path_rows]
+        inside = at >= 0
+        own = PathSet.of(
+            paths.links, end - first, paths.od[columns] - first, paths.link_rows[inside], at[inside]
+        )
+        shares.append(Share(first, columns, own))
+    return shares
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a process that holds some of the OD pairs stands.
+
+    first: its first OD pair; pairs: how many there are in all; count: processes
+    total(v) sums v over them; its result must be the same to the last bit in each of them
+    """
+
+    first: int
+    pairs: int
+    count: int
+    total: Callable[[Tensor], Tensor]
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all parts.  What follows is computed from it alike in every part, so the gradient comes back as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        return part.total(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return g, None
+
+
+class _Handed(torch.autograd.Function):
+    """A tensor that every part holds alike, handed to what each does of its own: the gradient is the sum over all parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.part.total(g.clone()), None
 
 
 # Followers ------------------------------------------------------------------------------------------------
@@ -199,6 +284,8 @@ class Followers:
     """A population on a path set under a design: what one step of the dynamic needs.
 
     demand [B, W]; toll, capacity_add [B, A] (of a design; gradients go through both)
+    part: None where all OD pairs are here; else W and K are those of this part, and all that is said of links, gaps and potentials
+    is of the whole
     """
 
     roads: Roads
@@ -206,6 +293,7 @@ class Followers:
     demand: Tensor
     toll: Tensor
     capacity_add: Tensor
+    part: Part | None = None
 
     def path_flows(self, logits: Tensor) -> Tensor:
         """f [B, K]."""
@@ -213,7 +301,8 @@ class Followers:
 
     def flows(self, logits: Tensor) -> Tensor:
         """x [B, A]."""
-        return self.paths.link_flows(self.path_flows(logits))
+        x = self.paths.link_flows(self.path_flows(logits))
+        return x if self.part is None else _Summed.apply(x, self.part)  # type: ignore[no-any-return]
 
     def costs(self, x: Tensor) -> Tensor:
         """u [B, A] = t + toll."""
@@ -221,23 +310,39 @@ class Followers:
 
     def step(self, logits: Tensor, r: Tensor) -> Tensor:
         """One step of the dynamic, [B, K]; r [B, 1] (0 leaves an element as it is)."""
-        return logits - r * self.paths.path_costs(self.costs(self.flows(logits)))
+        u = self.costs(self.flows(logits))
+        u = u if self.part is None else _Handed.apply(u, self.part)
+        return logits - r * self.paths.path_costs(u)
 
     def gap(self, logits: Tensor) -> Tensor:
         """Relative gap [B] over the paths of the set (a lower bound of that over all paths of the network)."""
         x = self.flows(logits)
         u = self.costs(x)
-        least = self.paths.least(self.paths.path_costs(u))
-        return 1.0 - (self.demand * least).sum(1) / (x * u).sum(1)
+        least = (self.demand * self.paths.least(self.paths.path_costs(u))).sum(1)
+        if self.part is not None:
+            least = self.part.total(least)
+        return self._agreed(1.0 - least / (x * u).sum(1))
 
     def potential(self, logits: Tensor) -> Tensor:
         """Beckmann's Z [B], tolls included."""
-        return beckmann(self.roads, self.flows(logits), self.toll, self.capacity_add)
+        return self._agreed(beckmann(self.roads, self.flows(logits), self.toll, self.capacity_add))
+
+    def _agreed(self, value: Tensor) -> Tensor:
+        """What all parts computed, to the last bit the same: on unlike processors they would else decide differently."""
+        return value if self.part is None else self.part.total(value) / self.part.count
+
+    def every_pair(self, value: Tensor) -> Tensor:
+        """A value of each OD pair, [B, W]: those of all parts."""
+        if self.part is None:
+            return value
+        whole = value.new_zeros(len(value), self.part.pairs)
+        whole[:, self.part.first : self.part.first + value.shape[1]] = value
+        return self.part.total(whole)
 
     def detached(self) -> Followers:
         """The same, out of reach of gradients."""
-        parts = (self.demand, self.toll, self.capacity_add)
-        return Followers(self.roads, self.paths, *(part.detach() for part in parts))
+        demand, toll, add = (v.detach() for v in (self.demand, self.toll, self.capacity_add))
+        return Followers(self.roads, self.paths, demand, toll, add, self.part)
 
 
 def centred(paths: PathSet, logits: Tensor) -> Tensor:
@@ -261,12 +366,14 @@ class _Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, toll: Tensor, add: Tensor, followers: Followers, r: Tensor, steps: int
     ) -> Tensor:
-        paths = followers.paths
+        paths, part = followers.paths, followers.part
         q = followers.demand[:, paths.od]
         kept = []
         for _ in range(steps):
             p = paths.shares(logits)
             x = paths.link_flows(q * p)
+            if part is not None:
+                x = part.total(x)
             kept.append((p, x))
             logits = logits - r * paths.path_costs(followers.roads.times(x, add) + toll)
         ctx.kept, ctx.followers, ctx.r, ctx.add, ctx.q = kept, followers, r, add, q
@@ -274,12 +381,20 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        paths, roads, r, q = ctx.followers.paths, ctx.followers.roads, ctx.r, ctx.q
+        paths, roads, part, r, q = (
+            ctx.followers.paths,
+            ctx.followers.roads,
+            ctx.followers.part,
+            ctx.r,
+            ctx.q,
+        )
         capacity = (roads.capacity + ctx.add).clamp_min(1e-12)
         toll = torch.zeros_like(ctx.add)
         add = torch.zeros_like(ctx.add)
         for p, x in reversed(ctx.kept):
             du = -paths.link_flows(r * g)
+            if part is not None:
+                du = part.total(du)
             steep = du * roads.slopes(x, ctx.add)
             toll += du
             add -= steep * x
@@ -309,7 +424,8 @@ def safe_rate(followers: Followers, logits: Tensor) -> Tensor:
     """1 / max_k sum_{a in k} x_a t_a'(x_a), [B]: with rates below it over all flows visited, Z never rises."""
     x = followers.flows(logits)
     weight = x * followers.roads.slopes(x, followers.capacity_add)
-    return 1.0 / followers.paths.path_costs(weight).amax(1).clamp_min(1e-12)
+    worst = -followers.paths.least(-followers.paths.path_costs(weight))
+    return 1.0 / followers.every_pair(worst).amax(1).clamp_min(1e-12)
 
 
 def auto_rate(followers: Followers, logits: Tensor) -> Tensor:
@@ -317,7 +433,8 @@ def auto_rate(followers: Followers, logits: Tensor) -> Tensor:
     x = followers.flows(logits)
     steep = followers.paths.path_costs(followers.roads.slopes(x, followers.capacity_add))
     worst = -followers.paths.least(-steep)
-    return 0.5 / (followers.demand * worst).quantile(0.95, dim=1).clamp_min(1e-12)
+    scale = followers.every_pair(followers.demand * worst)
+    return 0.5 / scale.quantile(0.95, dim=1).clamp_min(1e-12)
 
 
 def settle(

@@ -480,13 +480,18 @@ class Method(Algorithm):
     # Learning --------------------------------------------------------------------------------------------
 
     def learn(
-        self, batch: Batch, *, shard_axis: int | None = None, report: bool = True, **kwargs: Any
+        self,
+        batch: Batch | Sequence[Batch],
+        *,
+        shard_axis: int | None = None,
+        report: bool = True,
+        **kwargs: Any,
     ) -> None:
         """One update of the learner (or all of them, each on its shard) from named tensors.
 
         With several learners the batch is cut along `shard_axis` (default: 1, the environments, of a `Rollout`; else 0),
-        as evenly as it can be.  `report=False` leaves the metrics with the learners until the next call that reports.
-        `kwargs` go to the learner's `learn`.
+        as evenly as it can be; or it is given as one batch for each learner.  `report=False` leaves the metrics with the
+        learners until the next call that reports.  `kwargs` go to the learner's `learn`.
         """
         timesteps = {
             NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
@@ -496,6 +501,8 @@ class Method(Algorithm):
         with self.meter.timed("learning"), self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
             if self.learner_group.is_local:
                 learner = self.learner_group._learner
+                if not isinstance(batch, Mapping):
+                    (batch,) = batch
                 results = [learner.update_from_tensors(batch, timesteps=timesteps, report=report, **kwargs)]
             else:
                 results = self._learn_remotely(batch, shard_axis, timesteps, {"report": report, **kwargs})
@@ -504,19 +511,15 @@ class Method(Algorithm):
         self._weights = None
 
     def _learn_remotely(
-        self, batch: Batch, shard_axis: int | None, timesteps: dict[str, Any], kwargs: dict[str, Any]
+        self,
+        batch: Batch | Sequence[Batch],
+        shard_axis: int | None,
+        timesteps: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> list[Any]:
-        learners = len(self.learner_group)
-        axis = shard_axis if shard_axis is not None else int(isinstance(batch, Rollout))
-        parts = {name: value.tensor_split(learners, dim=axis) for name, value in batch.items()}
-        if any(part.shape[axis] == 0 for pieces in parts.values() for part in pieces):
-            raise ConfigError(
-                f"{learners} learners cannot share a batch with {len(next(iter(batch.values())))} rows along axis {axis}:"
-                " lower num_learners or sample from more environments"
-            )
         shards = [
-            ray.put(Rollout({name: pieces[i].contiguous() for name, pieces in parts.items()}))
-            for i in range(learners)
+            ray.put(part)
+            for part in (self._shards(batch, shard_axis) if isinstance(batch, Mapping) else batch)
         ]
 
         def update(learner: Any, shards: Any = shards) -> Any:
@@ -528,6 +531,20 @@ class Method(Algorithm):
             if not result.ok:
                 raise result.get()
         return [result.get() for result in results]
+
+    def _shards(self, batch: Batch, shard_axis: int | None) -> list[Rollout]:
+        """`batch`, cut for the learners."""
+        learners = len(self.learner_group)
+        axis = shard_axis if shard_axis is not None else int(isinstance(batch, Rollout))
+        parts = {name: value.tensor_split(learners, dim=axis) for name, value in batch.items()}
+        if any(part.shape[axis] == 0 for pieces in parts.values() for part in pieces):
+            raise ConfigError(
+                f"{learners} learners cannot share a batch with {len(next(iter(batch.values())))} rows along axis {axis}:"
+                " lower num_learners or sample from more environments"
+            )
+        return [
+            Rollout({name: pieces[i].contiguous() for name, pieces in parts.items()}) for i in range(learners)
+        ]
 
     @property
     def rl_module(self) -> TorchRLModule:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +23,19 @@ from mobula.envs.markets.assignment import (
     total_travel_time,
 )
 from mobula.envs.markets.design import make_problem
-from mobula.envs.markets.dynamics import Followers, Paths, Roads, adjoint, settle, unroll
-from mobula.errors import DataError, TrainingFault
+from mobula.envs.markets.dynamics import (
+    Followers,
+    Part,
+    Paths,
+    PathSet,
+    Roads,
+    Share,
+    adjoint,
+    cut,
+    settle,
+    unroll,
+)
+from mobula.errors import ConfigError, DataError, TrainingFault
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "siouxfalls"
 FOLDER = Path(os.environ.get("MOBULA_SIOUXFALLS", SHARED))
@@ -258,6 +272,131 @@ def test_reverse_mode_is_that_of_the_single_steps(dense: bool, monkeypatch: pyte
             assert float(gradient[index]) == pytest.approx(
                 (values[0] - values[1]) / (2 * h), rel=1e-5, abs=1e-6
             )
+
+
+def in_parts(paths: PathSet, count: int, job: Any) -> list[Any]:
+    """[job(share, part)], one thread each; a sum waits until all threads have brought theirs."""
+    shares = cut(paths, count)
+    barrier, slots = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
+
+    def run(i: int) -> Any:
+        def total(value: torch.Tensor) -> torch.Tensor:
+            slots[i] = value
+            barrier.wait()
+            summed = torch.stack(slots).sum(0)
+            barrier.wait()
+            return summed
+
+        try:
+            return job(shares[i], Part(shares[i].first, paths.pairs, count, total))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def share_of(u: Followers, share: Share, part: Part) -> Followers:
+    own = slice(share.first, share.first + share.paths.pairs)
+    return Followers(u.roads, share.paths, u.demand[:, own], u.toll, u.capacity_add, part)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_have_every_path_once_and_about_as_much_of_the_incidence(count: int) -> None:
+    n, u = users("grid3")
+    shares = cut(u.paths, count)
+    delta = torch.zeros(n.num_links, u.paths.size, dtype=torch.float64)
+    firsts = []
+    for share in shares:
+        delta[:, share.columns] += share.paths.delta.to_dense()
+        torch.testing.assert_close(share.paths.od + share.first, u.paths.od[share.columns])
+        assert bool((torch.bincount(share.paths.od, minlength=share.paths.pairs) > 0).all())
+        firsts += [share.first, share.first + share.paths.pairs]
+    torch.testing.assert_close(delta, u.paths.delta.to_dense())
+    assert firsts[0] == 0 and firsts[-1] == n.num_ods and firsts[1:-1:2] == firsts[2::2]
+    entries = [len(share.paths.link_rows) for share in shares]
+    largest = int(torch.bincount(u.paths.od[u.paths.path_rows]).max())
+    assert max(entries) - min(entries) <= 2 * largest
+
+
+def test_as_many_shares_as_pairs_and_no_more() -> None:
+    _, u = users("grid3")
+    assert [share.paths.pairs for share in cut(u.paths, u.paths.pairs)] == [1] * u.paths.pairs
+    with pytest.raises(ConfigError, match=f"{u.paths.pairs} OD pairs cannot be cut"):
+        cut(u.paths, u.paths.pairs + 1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("dense", [True, False])
+def test_parts_find_the_flows_and_gradients_of_the_whole(
+    count: int, fast: bool, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part: link flows, gap, potential, rates, and the derivative in the design; of the logits its own columns."""
+    n, u = users("grid3", batch=2, dense=dense, monkeypatch=monkeypatch)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, u.paths.size, dtype=torch.float64, generator=g)
+    weight = torch.randn(2, n.num_links, dtype=torch.float64, generator=g)
+    r = torch.tensor([[0.02], [0.05]], dtype=torch.float64)
+
+    def measured(users: Followers, start: torch.Tensor) -> Any:
+        toll, add = (v.clone().requires_grad_() for v in (users.toll, users.capacity_add))
+        start = start.clone().requires_grad_()
+        free = Followers(users.roads, users.paths, users.demand, toll, add, users.part)
+        end = start
+        if fast:
+            end = unroll(free, start, r, 7)
+        else:
+            for _ in range(7):
+                end = free.step(end, r)
+        x = free.flows(end)
+        value = (x * weight).sum() + (add * toll).sum()
+        found = torch.autograd.grad(value, [toll, add, start])
+        with torch.no_grad():
+            same = [
+                x.detach(),
+                users.gap(start),
+                users.potential(start),
+                dynamics.safe_rate(users, start),
+                dynamics.auto_rate(users, start),
+                *found[:2],
+            ]
+        return same, end.detach(), found[2]
+
+    same, end, gradient = measured(u, logits)
+    shares = cut(u.paths, count)
+    each = in_parts(u.paths, count, lambda s, p: measured(share_of(u, s, p), logits[:, s.columns]))
+    for share, (alike, own, slope) in zip(shares, each, strict=True):
+        for a, b in zip(alike, same, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(own, end[:, share.columns], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(slope, gradient[:, share.columns], rtol=1e-9, atol=1e-11)
+
+
+def test_parts_settle_together() -> None:
+    _, u = users("grid3", batch=2)
+    r = torch.full((2, 1), 0.03, dtype=torch.float64)
+    start = torch.zeros(2, u.paths.size, dtype=torch.float64)
+    logits, steps, _ = settle(u, start, r, gap=1e-6)
+    each = in_parts(u.paths, 3, lambda s, p: settle(share_of(u, s, p), start[:, s.columns], r, gap=1e-6)[:2])
+    for share, (own, count) in zip(cut(u.paths, 3), each, strict=True):
+        assert torch.equal(count, steps)
+        torch.testing.assert_close(own, logits[:, share.columns], rtol=1e-8, atol=1e-8)
+
+
+def test_parts_give_up_together_and_advise_the_rate_of_the_whole() -> None:
+    _, u = users("grid3")
+    start, r = torch.zeros(1, u.paths.size, dtype=torch.float64), torch.full((1, 1), 0.1).double()
+    with pytest.raises(TrainingFault, match="after 30 steps") as whole:
+        settle(u, start, r, gap=1e-6, limit=30)
+
+    def fails(share: Any, part: Part) -> str:
+        with pytest.raises(TrainingFault) as fault:
+            settle(share_of(u, share, part), start[:, share.columns], r, gap=1e-6, limit=30)
+        return str(fault.value)
+
+    assert set(in_parts(u.paths, 3, fails)) == {str(whole.value)}
 
 
 def test_below_the_safe_rate_the_potential_never_rises() -> None:

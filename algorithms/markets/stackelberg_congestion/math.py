@@ -14,6 +14,7 @@ from mobula.envs.markets.assignment import Path, ShortestPaths, as_paths
 from mobula.envs.markets.design import Problem
 from mobula.envs.markets.dynamics import (
     Followers,
+    Part,
     PathSet,
     Roads,
     adjoint,
@@ -77,16 +78,19 @@ def anticipate(
     eps: float = 1e-5,
     every: int = 10,
     truncate: bool = False,
+    part: Part | None = None,
 ) -> Anticipation:
     """F and its gradient through the dynamic, for B problems side by side.
 
     demand [B, W]; y [B, m]; logits [B, K] where SilMD's users stand (DolMD starts from uniform shares); r [B, 1]
     SilMD unrolls T steps; DolMD until each element's gap is below eps, tested every `every` steps; `truncate`: the way to 10 eps
     is run without gradient.
+    part: paths, demand and logits are those of one part of the OD pairs; the others must call this with theirs at the same time, and
+    all find the same but for the logits, of which each has its own.
     """
     y = y.detach().requires_grad_()
     toll, add = problem.spread(y)
-    followers = Followers(Roads.of(problem.network), paths, demand, toll, add)
+    followers = Followers(Roads.of(problem.network), paths, demand, toll, add, part)
     logits = logits.detach()
     trail: list[tuple[Tensor, Tensor]] = []
     if algorithm == "dolmd":

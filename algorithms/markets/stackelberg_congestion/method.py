@@ -32,10 +32,11 @@ from mobula.algorithms.markets.baselines import heuristics
 from mobula.algorithms.markets.stackelberg_congestion.learner import StackelbergCongestionLearner
 from mobula.algorithms.markets.stackelberg_congestion.math import leader_step
 from mobula.algorithms.markets.stackelberg_congestion.module import NETWORK, StackelbergCongestionModule
-from mobula.algorithms.markets.stackelberg_congestion.search import Search, Settings
+from mobula.algorithms.markets.stackelberg_congestion.search import FOUND, Search, Settings
 from mobula.envs.markets import design as designs
 from mobula.envs.markets.assignment import Assignment
 from mobula.envs.markets.design import OBJECTIVES, Problem, make_problem
+from mobula.envs.markets.dynamics import PathSet, Share, cut
 from mobula.errors import ConfigError
 from mobula.method import Method, MethodConfig, hyperparameter
 from mobula.metrics import spread
@@ -177,7 +178,16 @@ class StackelbergCongestionConfig(MethodConfig):
     )
     eval_gap = hyperparameter(1e-8, None, "relative gap at which designs are judged", low=1e-13)
     workers = hyperparameter(
-        0, None, "Ray tasks that share shortest paths and judgements (0: this process)", low=0
+        0,
+        None,
+        "Ray tasks that share shortest paths, equilibria at the start and judgements (0: this process)",
+        low=0,
+    )
+    od_shards = hyperparameter(
+        1,
+        None,
+        "learners that share the OD pairs of a scenario (very large networks); num_learners is a multiple of it",
+        low=1,
     )
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -215,6 +225,18 @@ class StackelbergCongestionConfig(MethodConfig):
         super().validate()
         self._check()
         problem = self.problem()
+        learners, pairs = max(self.num_learners, 1), problem.network.num_ods
+        if learners % self.od_shards:
+            raise ConfigError(
+                f"od_shards is {self.od_shards}, num_learners {self.num_learners}: a multiple of od_shards is needed"
+            )
+        if self.od_shards > pairs:
+            raise ConfigError(f"od_shards is {self.od_shards}: {problem.network.name} has {pairs} OD pairs")
+        if learners // self.od_shards > self.scenarios:
+            raise ConfigError(
+                f"num_learners is {self.num_learners}, od_shards {self.od_shards}: {learners // self.od_shards} groups of learners cannot"
+                f" share {self.scenarios} demand scenarios: lower num_learners, or raise od_shards or scenarios"
+            )
         names, _ = self.starts(problem)
         self.sizes = {
             "network": problem.network.name,
@@ -307,6 +329,10 @@ class StackelbergCongestionConfig(MethodConfig):
         return {}
 
 
+def _bounds(problem: Problem, factor: float, gap: float) -> designs.Bounds:
+    return designs.bounds(problem, demand=factor, gap=gap)
+
+
 def _judged(problem: Problem, y: Any, factor: float, gap: float, start: Any) -> Any:
     return designs.evaluate(problem, y, demand=factor, gap=gap, start=start)
 
@@ -328,7 +354,9 @@ class StackelbergCongestion(Method, config=StackelbergCongestionConfig):
         self.eval_every = int(c.eval_every or (1 if self.problem.network.num_ods < 100 else 25))
         self._warm: dict[tuple[int, int], Assignment] = {}
         self._sent: dict[str, Any] = {}
-        self.bounds = [designs.bounds(self.problem, demand=f, gap=c.eval_gap) for f in self.factors]
+        self._whole: PathSet | None = None
+        jobs = [(self.problem, f, c.eval_gap) for f in self.factors]
+        self.bounds = spread(_bounds, jobs, c.workers, "references")
         baseline = float(np.mean([b.objective for b in self.bounds]))
         buffers = {"baseline": torch.tensor(baseline, dtype=torch.float64)}
         module = StackelbergCongestionModule(
@@ -358,8 +386,30 @@ class StackelbergCongestion(Method, config=StackelbergCongestionConfig):
             self._sent[name] = (value, ray.put(value))
         return self._sent[name][1]
 
-    def _results(self) -> dict[str, Tensor]:
-        """What the learners found, scenarios in order."""
+    def _shares(self) -> list[Share]:
+        """The present path set, cut for the learners that share it."""
+        whole = self.search.paths.flat()
+        if self._whole is not whole:
+            self._whole, self._cut = whole, cut(whole, self.config.od_shards)
+        return self._cut
+
+    def _batches(self, shares: list[Share]) -> list[dict[str, Tensor]]:
+        """The work of each learner: its scenarios, and of these its OD pairs."""
+        groups = max(self.config.num_learners, 1) // len(shares)
+        split = {name: value.tensor_split(groups) for name, value in self.search.ask().items()}
+        return [
+            {
+                "demand": split["demand"][g][..., share.first : share.first + share.paths.pairs].contiguous(),
+                "y": split["y"][g],
+                "logits": split["logits"][g][..., share.columns],
+                "r": split["r"][g],
+            }
+            for g in range(groups)
+            for share in shares
+        ]
+
+    def _results(self, shares: list[Share]) -> dict[str, Tensor]:
+        """What the learners found, scenarios and paths in order."""
         if self.learner_group.is_local:
             return self.learner_group._learner.result
         answers = self.learner_group.foreach_learner(
@@ -368,24 +418,36 @@ class StackelbergCongestion(Method, config=StackelbergCongestionConfig):
         ordered = [
             found for _, found in sorted((answer.get() for answer in answers), key=lambda pair: pair[0])
         ]
-        joined = {
-            name: torch.cat([torch.from_numpy(np.array(found[name])) for found in ordered])
-            for name in ordered[0]
-            if name != "gradient"
+        gradient = torch.from_numpy(np.array(ordered[0]["gradient"]))
+        groups = []
+        for g in range(0, len(ordered), len(shares)):
+            each = [
+                {name: torch.from_numpy(np.array(v)) for name, v in found.items()}
+                for found in ordered[g : g + len(shares)]
+            ]
+            whole = dict(each[0])
+            for name in ("logits", "one"):
+                whole[name] = each[0][name].new_empty(*each[0][name].shape[:2], len(self.search.paths))
+                for share, found in zip(shares, each, strict=True):
+                    whole[name][..., share.columns] = found[name]
+            groups.append(whole)
+        return {
+            **{name: torch.cat([whole[name] for whole in groups]) for name in FOUND},
+            "gradient": gradient,
         }
-        return {**joined, "gradient": torch.from_numpy(np.array(ordered[0]["gradient"]))}
 
     def training_step(self) -> None:
         search = self.search
         if not search.converged:
+            shares = self._shares()
             self.learn(
-                search.ask(),
+                self._batches(shares),
                 problem=self._shared("problem", self.problem),
-                paths=self._shared("paths", search.paths.flat()),
+                shares=[self._shared(f"share {i}", share) for i, share in enumerate(shares)],
                 scenarios=search.S,
                 options=search.options(),
             )
-            found = self._results()
+            found = self._results(shares)
             gradient = found["gradient"]
             y = leader_step(self.problem, search.y, gradient, search.steps(gradient), search.settings.mirror)
             search.tell(y, found)

@@ -32,7 +32,7 @@ from mobula.envs.markets.dynamics import (
 )
 from mobula.envs.markets.networks import Network
 from mobula.errors import DataError, TrainingFault
-from mobula.metrics import gather
+from mobula.metrics import gather, spread
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,12 @@ class Search:
         """Paths and shares of a rough equilibrium (gap 1e-3) under each starting design."""
         s, network = self.settings, self.problem.network
         toll, add = self.problem.spread(self.y.numpy())
-        found: list[Assignment] = [
-            equilibrium(
-                network, toll=toll[i], capacity_add=add[i], demand=self.demand[j, i].numpy(), gap=1e-3
-            )
+        jobs = [
+            (network, toll[i], add[i], self.demand[j, i].numpy())
             for j in range(self.S)
             for i in range(self.I)
         ]
+        found: list[Assignment] = spread(_rough, jobs, self._pool.workers, "starts")
         self.paths = Paths(network)
         if s.path_schedule == "static_k_shortest":
             for w, known in enumerate(k_shortest_paths(network, s.k_shortest)):
@@ -242,11 +241,15 @@ class Search:
             self.paths.add(w, tuple(path))
 
 
+def _rough(network: Network, toll: Any, capacity_add: Any, demand: Any) -> Assignment:
+    return equilibrium(network, toll=toll, capacity_add=capacity_add, demand=demand, gap=1e-3)
+
+
 class _Pool:
     """Shortest paths of all OD pairs, in this process or with the origins shared out over Ray tasks."""
 
     def __init__(self, network: Network, workers: int) -> None:
-        self.network = network
+        self.network, self.workers = network, workers
         origins = np.unique(network.origin)
         self.shares = [
             np.flatnonzero(np.isin(network.origin, part))

@@ -690,6 +690,53 @@ def test_learners_share_the_scenarios(ray_session: None, knobs: dict[str, Any]) 
     assert float(found[0][0].abs().max()) > 0
 
 
+@pytest.mark.parametrize(
+    ("learners", "knobs"),
+    [
+        (2, {}),
+        (2, {"algorithm": "dolmd", "r": 0.01, "truncate": True}),
+        (4, {"scenarios": 3, "spread": 0.2, "advance": "one"}),
+    ],
+    ids=["silmd", "dolmd", "silmd, scenarios cut as well"],
+)
+def test_learners_share_the_od_pairs(ray_session: None, learners: int, knobs: dict[str, Any]) -> None:
+    """All OD pairs on one learner, or half of them on each of two: the same designs, paths, and users."""
+    found = []
+    for alone in (True, False):
+        c = config(network="hearn9", eval_every=100, init=["zero", [1.0, 1.0, 1.0]], od_shards=1, **knobs)
+        if not alone:
+            c = c.learners(num_learners=learners).training(od_shards=2)
+        algorithm = c.build_algo()
+        for _ in range(4):
+            result = algorithm.train()
+        search = algorithm.search
+        found.append((search.y, search.logits, search.gap, search.paths.listed(), result))
+        algorithm.stop()
+    (y, logits, gap, paths, result), (y2, logits2, gap2, paths2, result2) = found
+    assert paths == paths2 and len(paths) > 4
+    torch.testing.assert_close(y2, y, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(logits2, logits, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(gap2, gap, rtol=1e-6, atol=1e-10)
+    for name in ("unrolled", "change", "ild_steps"):
+        assert result2[name] == pytest.approx(result[name], rel=1e-8)
+    assert float((y[0] - y[1]).abs().max()) > 0 and float(y.abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("learners", "knobs", "says"),
+    [
+        (2, {"od_shards": 3}, "od_shards is 3, num_learners 2: a multiple of od_shards"),
+        (0, {"od_shards": 2}, "od_shards is 2, num_learners 0: a multiple of od_shards"),
+        (2, {"od_shards": 2, "network": "pigou"}, "pigou has 1 OD pairs"),
+        (4, {"od_shards": 2}, "2 groups of learners cannot share 1 demand scenarios"),
+        (2, {}, "2 groups of learners cannot share 1 demand scenarios"),
+    ],
+)
+def test_learners_that_have_nothing_to_share(learners: int, knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config(**{"network": "hearn9", **knobs}).learners(num_learners=learners).validate()
+
+
 def test_tasks_share_shortest_paths_and_judgements(ray_session: None) -> None:
     found = []
     for workers in (0, 2):
