@@ -301,7 +301,7 @@ def make_problem(
 ) -> Problem:
     """The problem of that name; what is given takes the place of the instance's own.
 
-    network  pigou, braess, braess5, hearn9, gridN, siouxfalls (see SIOUXFALLS), a folder of TNTP files, or a Network
+    network  pigou, braess, braess5, hearn9, gridN[-sSEED][-zZONES], siouxfalls (see SIOUXFALLS), a folder of TNTP files, or a Network
     links    candidates by name ("1-6") or row; default: the instance's, else the `candidates` links of the largest x^2 t' at the
              equilibrium (where the flow costs the others most)
     cost     investment costs d, or "length" or "free_flow_time"

@@ -433,13 +433,15 @@ def grid_network(n: int, seed: int = 0, *, zones: int | None = None, demand: flo
 
 
 def by_name(name: str) -> Network:
-    """A shipped network (pigou, braess, braess5, hearn9, gridN), or one in a folder of TNTP files."""
+    """A shipped network (pigou, braess, braess5, hearn9, gridN[-sSEED][-zZONES]), or one in a folder of TNTP files."""
     made = {"pigou": pigou, "braess": braess, "braess5": braess5, "hearn9": hearn9}
     if name in made:
         return made[name]()
-    match = re.fullmatch(r"grid(\d+)(?:-s(\d+))?", name)
+    match = re.fullmatch(r"grid(\d+)(?:-s(\d+))?(?:-z(\d+))?", name)
     if match:
-        return grid_network(int(match[1]), int(match[2] or 0))
+        return grid_network(
+            int(match[1]), int(match[2] or 0), zones=None if match[3] is None else int(match[3])
+        )
     if Path(name).is_dir() or "/" in name or "\\" in name:
         return load_tntp(name)
     raise DataError(

@@ -136,6 +136,7 @@ def test_grids() -> None:
     np.testing.assert_array_equal(n.demand, again.demand)
     assert not np.array_equal(n.capacity, grid_network(4, seed=2).capacity)
     assert grid_network(10).num_ods == 40 * 39
+    assert by_name("grid6-s1-z5").num_ods == 5 * 4 and by_name("grid6-z5").nodes == 36
     with pytest.raises(DataError, match="2 or more"):
         grid_network(1)
 

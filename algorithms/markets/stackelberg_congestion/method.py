@@ -104,7 +104,7 @@ class StackelbergCongestionConfig(MethodConfig):
     network = hyperparameter(
         "braess5",
         None,
-        "braess5, hearn9, pigou, braess, gridN, siouxfalls (folder in MOBULA_SIOUXFALLS), or a folder of TNTP files",
+        "braess5, hearn9, pigou, braess, gridN[-sSEED][-zZONES], siouxfalls (folder in MOBULA_SIOUXFALLS), or a folder of TNTP files",
     )
     objective = hyperparameter(
         None,
