@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +58,23 @@ def em(
     return kalman.Fit(StateSpace.cat([fit.model for fit in found]), torch.cat(traces, 1))
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A refit under way: the round that takes its model up, the means that were taken off its data, and what it finds.
+
+    result() waits for (fit, order [N]).
+    """
+
+    due: int
+    offset: Tensor
+    input_offset: Tensor
+    result: Callable[[], tuple[kalman.Fit, Tensor]]
+
+
 class Streams:
     """N bandits side by side: what they have seen, their models, their filters and their statistics.
 
@@ -63,6 +84,9 @@ class Streams:
              "none" (a constant: a bandit without context); the last three are baselines
     model    the true models where they are known (oracle), else None: EM
     refit_once  fit at this round alone (a baseline)
+
+    With `refit_delay` the rounds go on with the old model while a refit runs, in the background where it has `workers`; its model is
+    taken up exactly that many rounds later, so that what the bandit does never depends on how fast the machine is.
 
     The other arguments are the hyper-parameters of `EMKFBanditConfig`.
     """
@@ -79,6 +103,7 @@ class Streams:
         em_iters: int = 40,
         refit: int = 500,
         refit_once: int | None = None,
+        refit_delay: int = 0,
         init: str = "subspace",
         known_C: Any = None,
         arm_features: Any = None,
@@ -105,6 +130,9 @@ class Streams:
         self.order = torch.full((streams,), min(m, LARGEST_ORDER) if self.select_order else self.d)
         self.v, self.ridge, self.forget, self.policy, self.sigma = v, ridge, forget, policy, sigma
         self.em_iters, self.refit_every, self.refit_once, self.init = em_iters, refit, refit_once, init
+        self.refit_delay = refit_delay
+        self.pending: Refit | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self.known_C, self.maps = (
             None if value is None else torch.as_tensor(value, dtype=torch.float64)
             for value in (known_C, arm_features)
@@ -161,7 +189,9 @@ class Streams:
             for name in ("y", "u", "x", "a", "r"):
                 setattr(self, name, torch.cat([getattr(self, name)] * 2, 1))
         if self.kind == "filter" and self.due(self.t):
-            self.refit()
+            self.begin_refit()
+        if self.pending is not None and self.t == self.pending.due:
+            self.take_up()
         self.y[:, self.t - 1] = y
         if u is not None:
             self.u[:, self.t - 1] = u
@@ -275,29 +305,49 @@ class Streams:
             return t == self.refit_once
         return t in refit_times(t, self.refit_every)
 
-    def refit(self) -> None:
-        """EM on y_{1:t-1}; then the whole history is filtered again and the statistics are rebuilt from it."""
+    def begin_refit(self) -> None:
+        """EM on y_{1:t-1}."""
+        offset, input_offset = self.offset, self.input_offset
         if self.demean:
             # Means of y and of u go together: x then moves about the mean that the mean input gives it.
-            self.offset = self.y[:, : self.t - 1].nanmean(1)
-            self.input_offset = self.u[:, : self.t - 1].mean(1)
-        data, u = self._history()
+            offset = self.y[:, : self.t - 1].nanmean(1)
+            input_offset = self.u[:, : self.t - 1].mean(1)
+        data, u = self._history(offset, input_offset)
         if self.window is not None:
             data, u = data[:, -self.window :], u[:, -self.window :]
-        best = self._select(data, u) if self.select_order else self._fit(data, u, self.d, self.model)
+        if self.refit_delay and self.workers:
+            # The thread waits for Ray's tasks; nothing that it reads or writes is touched before its result is taken up.
+            self._thread = self._thread or ThreadPoolExecutor(1)
+            result = self._thread.submit(self._estimate, data, u).result
+        else:
+            result = partial(_same, self._estimate(data, u))
+        self.pending = Refit(self.t + self.refit_delay, offset, input_offset, result)
+
+    def take_up(self) -> None:
+        """The model of the refit under way; the whole history is filtered again and the statistics are rebuilt from it."""
+        assert self.pending is not None
+        best, self.order = self.pending.result()
+        self.offset, self.input_offset = self.pending.offset, self.pending.input_offset
+        self.pending = None
         self.traces.append(best.trace)
         self.likelihood = best.log_likelihood
         self.model = best.model
         self.refits += 1
         self._rebuild()
 
-    def _history(self) -> tuple[Tensor, Tensor]:
+    def _estimate(self, data: Tensor, u: Tensor) -> tuple[kalman.Fit, Tensor]:
+        """(fit, order [N]) of y [N, T, m], u [N, T, k]."""
+        if self.select_order:
+            return self._select(data, u)
+        return self._fit(data, u, self.d, self.model), self.order
+
+    def _history(self, offset: Tensor, input_offset: Tensor) -> tuple[Tensor, Tensor]:
         """(y [N, T, m], u [N, T, k]) of the rounds before this one, less their offsets."""
         past = slice(self.t - 1)
-        return self.y[:, past] - self.offset.unsqueeze(1), self.u[:, past] - self.input_offset.unsqueeze(1)
+        return self.y[:, past] - offset.unsqueeze(1), self.u[:, past] - input_offset.unsqueeze(1)
 
-    def _select(self, data: Tensor, u: Tensor) -> kalman.Fit:
-        """Fits every order and keeps the one with the smallest BIC, stream by stream (one for all where they are pooled)."""
+    def _select(self, data: Tensor, u: Tensor) -> tuple[kalman.Fit, Tensor]:
+        """Fits every order; (the fit with the smallest BIC, its order), stream by stream (one for all where they are pooled)."""
         steps = (~data.isnan().any(-1)).sum(1).double()
         orders = range(1, LARGEST_ORDER + 1)
         if data.shape[1] < 100:
@@ -316,8 +366,7 @@ class Streams:
             scores.append(bic(value, d, self.m, seen, self.inputs))
             fits.append(kalman.Fit(padded(fit.model, self.d), fit.trace))
         pick = torch.stack(scores).argmin(0)
-        self.order = pick + orders[0]
-        return chosen(fits, pick)
+        return chosen(fits, pick), pick + orders[0]
 
     def _fit(self, data: Tensor, u: Tensor, d: int, start: StateSpace, *, fresh: bool = True) -> kalman.Fit:
         """EM with `d` hidden dimensions from `start` (at the first long enough data, if `fresh`, from `init` instead) and from
@@ -373,7 +422,7 @@ class Streams:
         )
 
     def _rebuild(self) -> None:
-        data, u = self._history()
+        data, u = self._history(self.offset, self.input_offset)
         filtered = kalman.kalman_filter(self.model, data, u)
         self.mean, self.cov = filtered.mean[:, -1], filtered.cov[:, -1]
         self._regress(filtered.mean)
@@ -420,10 +469,21 @@ class Streams:
     )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the future depends on."""
+        """Everything that the future depends on; waits for a refit under way."""
+        pending = None
+        if self.pending is not None:
+            fit, order = self.pending.result()
+            pending = {
+                "due": self.pending.due,
+                "offset": self.pending.offset.clone(),
+                "input_offset": self.pending.input_offset.clone(),
+                "model": tuple(part.clone() for part in fit.model),
+                "trace": fit.trace.clone(),
+                "order": order.clone(),
+            }
         kept = {name: getattr(self, name) for name in self._KEPT}
         copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}
-        return copied | {"model": tuple(part.clone() for part in self.model)}
+        return copied | {"model": tuple(part.clone() for part in self.model), "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` returned."""
@@ -431,6 +491,12 @@ class Streams:
             value = state[name]
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
         self.model = StateSpace(*(part.clone() for part in state["model"]))
+        self.pending = None
+        if state.get("pending") is not None:
+            under_way = dict(state["pending"])
+            fit = kalman.Fit(StateSpace(*under_way.pop("model")), under_way.pop("trace"))
+            found = (fit, under_way.pop("order"))
+            self.pending = Refit(**under_way, result=partial(_same, found))
 
 
 class EMKFLearner(Learner):

@@ -49,7 +49,8 @@ class EMKFBanditConfig(MethodConfig):
     effort = (
         "A round costs O(N (d^3 + K p^2)) for N streams side by side: with the defaults 0.7 ms of one core for one stream, 1.1 ms for 64. A"
         " refit costs O(N T d^3) an EM iteration, in O(log T) steps of tensors: 2 s for one stream and 6 s for 64, of 1,000 rounds and up"
-        " to 40 iterations. With `workers` streams and restarts are shared out over Ray tasks."
+        " to 40 iterations. With `workers` streams and restarts are shared out over Ray tasks, and with"
+        " `refit_delay` rounds go on meanwhile."
     )
     default_env = "linear_bandit"
     default_stop = {"env_steps": 2_000}
@@ -122,6 +123,13 @@ class EMKFBanditConfig(MethodConfig):
         1, tune.choice([1, 4]), "starts of EM that compete by likelihood", low=1, high=64
     )
     workers = hyperparameter(0, None, "Ray tasks that share the streams and restarts of a refit", low=0)
+    refit_delay = hyperparameter(
+        0,
+        None,
+        "rounds that go on with the old model after a refit has begun; with `workers` it runs beside them",
+        low=0,
+        high=49,
+    )
     forget = hyperparameter(
         1.0,
         tune.choice([1.0, 0.999, 0.995]),

@@ -35,7 +35,7 @@ from mobula.algorithms.common.linear import kalman
 from mobula.algorithms.common.linear.kalman import StateSpace
 from mobula.artifact import export_policy, load_policy
 from mobula.envs.bandits import LinearBandit, draw_instances, draw_paths
-from mobula.errors import ConfigError, DataError, EnvironmentFault
+from mobula.errors import ConfigError, DataError, EnvironmentFault, TrainingFault
 from mobula.sampling.conformance import check_env
 from mobula.serving.backend import LocalBackend
 from mobula.serving.gateway import create_app
@@ -158,8 +158,8 @@ def test_the_order_is_chosen_by_bic() -> None:
     streams = Streams(2, 2, 3, d="bic", em_iters=15)
     streams.t = T + 1
     streams.y = torch.cat([y, y[:, :1]], 1)
-    fit = streams._select(y, y[..., :0])
-    assert streams.order.tolist() == [1, 2]
+    fit, order = streams._select(y, y[..., :0])
+    assert order.tolist() == [1, 2]
     assert fit.model.A.shape == (2, 6, 6) and float(fit.model.A[0, 1:].abs().max()) == 0.0
     with pytest.raises(ConfigError, match="known_C fixes the hidden dimension"):
         EMKFBanditConfig().training(d="bic", known_C=[[1.0], [0.0]]).validate()
@@ -183,6 +183,74 @@ def test_workers_change_nothing(ray_session: None, options: dict[str, Any]) -> N
         length = min(len(one), len(two))
         torch.testing.assert_close(two[:length], one[:length], rtol=1e-9, atol=0, equal_nan=True)
     torch.testing.assert_close(shared.likelihood, alone.likelihood, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"demean": True}, {"d": "bic", "em_iters": 3}])
+def test_a_delayed_refit_is_the_same_fit_taken_up_later(options: dict[str, Any]) -> None:
+    """Until it is due the old model acts; then the new one, on the whole history, as if it had always been there."""
+    knobs = {"em_iters": 5, **options}
+    instance = draw_instances([0, 1])
+    paths = draw_paths(instance, [0, 1], 120)
+    late, prompt = Streams(2, 2, 5, refit_delay=20, **knobs), Streams(2, 2, 5, **knobs)
+    models, offsets = [], []
+    for t in range(119):
+        for streams in (late, prompt):
+            streams.observe(paths.y[:, t])
+            streams.act(torch.zeros(2, streams.draws + 1, dtype=torch.float64))
+            # Both are paid for the same arms, so that what they have seen is the same.
+            streams.a[:, t] = t % 5
+            streams.reward(paths.rewards[:, t, t % 5])
+        models.append((late.model, prompt.model))
+        offsets.append((late.offset, prompt.offset))
+    # Begun before round 50 (index 49), taken up before round 70.
+    first = models[0][0]
+    for t in (49, 68):
+        for part, old in zip(models[t][0], first, strict=True):
+            assert torch.equal(part, old)
+        assert not torch.equal(models[t][1].A, first.A)
+        assert torch.equal(offsets[t][0], offsets[0][0])
+    for part, wanted in zip(models[69][0], models[49][1], strict=True):
+        assert torch.equal(part, wanted)
+    assert torch.equal(offsets[69][0], offsets[49][1])
+    assert (late.refits, prompt.refits) == (1, 2) and late.pending is not None
+    states = kalman.kalman_filter(late.model, paths.y[:, :119] - late.offset.unsqueeze(1)).mean
+    torch.testing.assert_close(late.x[:, :119], states, atol=1e-8, rtol=1e-8)
+
+
+def test_refits_in_the_background_change_nothing(ray_session: None) -> None:
+    """With tasks and a delay: the arms of one process with that delay; a checkpoint in the midst waits for the fit."""
+    options: dict[str, Any] = {"rounds": 215, "em_iters": 8, "refit_delay": 30}
+    alone, chosen, _ = played([0, 1, 2], **options)
+    shared, again, _ = played([0, 1, 2], workers=2, **options)
+    assert torch.equal(again, chosen)
+    assert shared.refits == alone.refits == 2 and shared.pending is not None
+    state = shared.state_dict()
+    resumed = Streams(3, 2, 5, em_iters=8, refit_delay=30)
+    resumed.load_state_dict(state)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        y, r = (torch.randn(3, *k, dtype=torch.float64, generator=g) for k in ((2,), ()))
+        for streams in (shared, alone, resumed):
+            streams.observe(y)
+            streams.act(torch.zeros(3, streams.draws + 1, dtype=torch.float64))
+            streams.reward(r)
+    for other in (alone, resumed):
+        assert other.refits == shared.refits == 3 and other.pending is None
+        assert torch.equal(other.a[:, :235], shared.a[:, :235])
+        for one, two in zip(other.model, shared.model, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+
+
+def test_a_failed_refit_in_the_background_is_raised_where_it_is_taken_up(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise TrainingFault("no fit")
+
+    monkeypatch.setattr(kalman, "capped", broken)
+    with pytest.raises(TrainingFault, match="no fit"):
+        played([0], rounds=60, em_iters=2, refit_delay=5, workers=1)
+    played([0], rounds=54, em_iters=2, refit_delay=5, workers=1)
 
 
 def test_forgetting_weighs_the_past_alike_online_and_after_a_refit() -> None:
