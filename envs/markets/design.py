@@ -120,7 +120,7 @@ class Problem:
         none: Any
         if isinstance(y, Tensor):
             full = y.new_zeros(*y.shape[:-1], self.network.num_links)
-            full = full.index_copy(-1, torch.from_numpy(self.links), y)
+            full = full.index_copy(-1, torch.from_numpy(self.links).to(y.device), y)
             none = torch.zeros_like(full)
         else:
             full = np.zeros((*np.shape(y)[:-1], self.network.num_links))
@@ -130,7 +130,8 @@ class Problem:
 
     def value(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """F [B] of flows x [B, A], times t [B, A], design y [B, m]."""
-        terms = Terms(x, t, y, torch.from_numpy(self.links), torch.from_numpy(self.cost), self.eta)
+        links, cost = (torch.from_numpy(v).to(y.device) for v in (self.links, self.cost))
+        terms = Terms(x, t, y, links, cost, self.eta)
         return OBJECTIVES[self.objective].function(terms)
 
     def project(self, y: Tensor) -> Tensor:

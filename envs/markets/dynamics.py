@@ -79,6 +79,11 @@ class PathSet:
             warnings.simplefilter("ignore")
             return cls(links, pairs, od, link_rows, path_rows, delta.to_sparse_csr(), flipped.to_sparse_csr())
 
+    def to(self, device: Any) -> PathSet:
+        """The same set on another device."""
+        tensors = (self.od, self.link_rows, self.path_rows, self.delta, self.transposed)
+        return PathSet(self.links, self.pairs, *(v.to(device) for v in tensors))
+
     @property
     def size(self) -> int:
         """K."""
@@ -179,6 +184,8 @@ def cut(paths: PathSet, count: int) -> list[Share]:
     """
     if count > paths.pairs:
         raise ConfigError(f"{paths.pairs} OD pairs cannot be cut into {count} shares")
+    if count == 1:
+        return [Share(0, torch.arange(paths.size), paths)]
     entries = torch.bincount(paths.od[paths.path_rows], minlength=paths.pairs).cumsum(0)
     ends = [0]
     for i in range(1, count):
@@ -252,11 +259,11 @@ class Roads:
     quartic: bool = False
 
     @classmethod
-    def of(cls, network: Network) -> Roads:
+    def of(cls, network: Network, device: Any = None) -> Roads:
         """The curves of `network`."""
         names = ("free_flow_time", "capacity", "b", "power")
         t0, capacity, b, power = (
-            torch.from_numpy(np.array(getattr(network, name), dtype=np.float64)) for name in names
+            torch.from_numpy(np.array(getattr(network, name), dtype=np.float64)).to(device) for name in names
         )
         return cls(t0, capacity, b, power, bool((network.power == 4.0).all()))
 
@@ -456,10 +463,10 @@ def settle(
     """
     still = followers.detached()
     trail: list[tuple[Tensor, Tensor]] = []
-    steps = torch.zeros(len(logits), dtype=torch.int64)
+    steps = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     with torch.no_grad():
         before, height = still.gap(logits), still.potential(logits)
-        worse = torch.zeros(len(logits), dtype=torch.int64)
+        worse = torch.zeros_like(steps)
         active = before >= gap
         while bool(active.any()):
             rate = r * active[:, None]

@@ -61,7 +61,7 @@ class StackelbergCongestionLearner(Learner):
             part = Part(share.first, problem.network.num_ods, len(shares), self._total)
         found = anticipate(
             problem,
-            share.paths,
+            share.paths.to(self.device),
             flat["demand"],
             flat["y"],
             flat["logits"],
@@ -69,10 +69,10 @@ class StackelbergCongestionLearner(Learner):
             **options,
             part=part,
         )
-        self.result = {name: getattr(found, name).unflatten(0, shape) for name in FOUND}
+        self.result = {name: getattr(found, name).unflatten(0, shape).cpu() for name in FOUND}
         summed = found.gradient.unflatten(0, shape).sum(0)
         # Those who share the OD pairs of a scenario have all found its gradient.
-        self.result["gradient"] = self.all_reduce(summed, mean=False) / (scenarios * len(shares))
+        self.result["gradient"] = self.all_reduce(summed, mean=False).cpu() / (scenarios * len(shares))
 
     def keep(self, state: dict[str, Tensor]) -> None:
         """Writes designs and their values into the module."""

@@ -90,7 +90,7 @@ def anticipate(
     """
     y = y.detach().requires_grad_()
     toll, add = problem.spread(y)
-    followers = Followers(Roads.of(problem.network), paths, demand, toll, add, part)
+    followers = Followers(Roads.of(problem.network, y.device), paths, demand, toll, add, part)
     logits = logits.detach()
     trail: list[tuple[Tensor, Tensor]] = []
     if algorithm == "dolmd":
@@ -106,7 +106,7 @@ def anticipate(
     else:
         with torch.no_grad():
             before, height = followers.gap(logits), followers.potential(logits)
-        steps = torch.full((len(logits),), T)
+        steps = torch.full((len(logits),), T, device=logits.device)
         if T > CHECKPOINTED:
             every = max(int(T**0.5), 1)
             with torch.no_grad():

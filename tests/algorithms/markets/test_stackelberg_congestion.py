@@ -36,7 +36,7 @@ from mobula.algorithms.markets.stackelberg_congestion.search import (
     k_shortest_paths,
 )
 from mobula.artifact import export_policy, load_policy
-from mobula.envs.markets import assignment, design, networks
+from mobula.envs.markets import assignment, design, dynamics, networks
 from mobula.envs.markets.design import OBJECTIVES, Objective, evaluate, make_problem
 from mobula.envs.markets.dynamics import Followers, Paths, Roads, safe_rate, settle
 from mobula.errors import ConfigError, DataError, TrainingFault
@@ -108,6 +108,41 @@ def test_looking_ahead_is_T_steps(T: int) -> None:
     torch.testing.assert_close(found.before, users.gap(logits))
     torch.testing.assert_close(found.after, users.gap(at))
     assert not any(getattr(found, name).requires_grad for name in ("F", "gradient", "logits", "one"))
+
+
+@pytest.mark.parametrize("name", ["braess5", "hearn9"])
+def test_looking_ahead_stays_on_the_device_of_its_inputs(name: str) -> None:
+    """On tensors without storage, which refuse company on another device."""
+    problem, paths = instance(name)
+    flat = paths.flat().to("meta")
+    sizes = {"demand": flat.pairs, "y": problem.size, "logits": flat.size, "r": 1}
+    work = {k: torch.empty(2, n, dtype=torch.float64, device="meta") for k, n in sizes.items()}
+    found = anticipate(problem, flat, *work.values(), algorithm="silmd", T=4)
+    assert {value.device.type for value in vars(found).values()} == {"meta"}
+    assert found.gradient.shape == (2, problem.size)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("algorithm", ["silmd", "dolmd"])
+def test_a_gpu_finds_what_the_processor_finds(
+    algorithm: str, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not dense:
+        monkeypatch.setattr(dynamics, "DENSE", 0)
+    problem, paths = instance("hearn9")
+    flat, g = paths.flat(), torch.Generator().manual_seed(0)
+    y = torch.rand(2, 3, dtype=torch.float64, generator=g)
+    work = [
+        torch.from_numpy(problem.network.demand).expand(2, -1),
+        y,
+        torch.randn(2, flat.size, dtype=torch.float64, generator=g),
+        torch.full((2, 1), 0.01, dtype=torch.float64),
+    ]
+    here = anticipate(problem, flat, *work, algorithm=algorithm)
+    there = anticipate(problem, flat.to("cuda"), *(v.cuda() for v in work), algorithm=algorithm)
+    for name in ("F", "gradient", "logits", "after"):
+        torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-8, atol=1e-8)
 
 
 def test_dolmd_forgets_where_users_stood_and_truncates_at_ten_eps() -> None:
