@@ -89,12 +89,13 @@ def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 class Shape:
-    """A run of one shape: `whole` is left alone, `round` is killed and resumed."""
+    """A run of one shape: `whole` is left alone, `round` is killed and resumed.  iterations: None for those of RUNS."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, iterations: int | None = None) -> None:
         self.name, self.folder = name, folder / name.replace(" ", "-").replace(",", "")
         self.folder.mkdir(parents=True)
-        given, self.iterations = RUNS[name]
+        given, usual = RUNS[name]
+        self.iterations = iterations or usual
         write_text(self.folder / "config.yaml", yaml.safe_dump({**given, "seed": 3}))
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0

@@ -178,17 +178,22 @@ def test_mistakes_end_in_one_line(quick: Any, arguments: list[str], says: str) -
     assert "\n" not in message
 
 
-def test_mistakes_found_while_building_end_in_one_line(in_tmp: Path) -> None:
-    arguments = ("train", "mac", "--no-track", "--stop", "env_steps=100")
-    assert "discrete actions" in fails(*arguments, "--env", "pendulum")
-    assert "wrap resets as transitions" in fails(*arguments, "--env", "cartpole", "--no-continuing-wrapper")
-    assert "features='tabular'" in fails(*arguments, "--env", "cartpole", "--features", "tabular")
+def test_mistakes_found_while_building_end_in_one_line(ray_session: None, quick: Any, in_tmp: Path) -> None:
+    arguments = ("train", "mac", "--no-track", "-q", "--stop", "env_steps=100")
+    for more, says in (
+        (("--env", "pendulum"), "discrete actions"),
+        (("--env", "cartpole", "--no-continuing-wrapper"), "wrap resets as transitions"),
+        (("--env", "cartpole", "--features", "tabular"), "features='tabular'"),
+        (("--env", "goal_grid", "--env-set", "sizes=3"), "sizes"),
+    ):
+        message = quick(*arguments, *more)
+        assert says in message and "\n" not in message
+    # The whole way, as a user sees it.
     assert "outside [r_min, r_max]" in fails(
         *arguments, "--env", "goal_grid", "--r-max", "0.5", "--stop", "env_steps=4000"
     )
-    assert "sizes" in fails(*arguments, "--env", "goal_grid", "--env-set", "sizes=3")
     failed = [json.loads((path / "run.json").read_text())["status"] for path in (in_tmp / "runs").iterdir()]
-    assert set(failed) == {"failed"}
+    assert set(failed) == {"failed"} and len(failed) == 5
 
 
 def test_a_ray_address_that_does_not_answer(in_tmp: Path) -> None:

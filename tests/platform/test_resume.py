@@ -33,10 +33,12 @@ def test_an_interrupted_run_goes_on_exactly(ray_session: None, tmp_path: Path, n
     assert json.loads((part.path / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.parametrize("shape", ["continuing", "on-policy, two runners", "offline"])
-def test_a_killed_run_goes_on_exactly(tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "iterations"), [("continuing", 25), ("on-policy, two runners", 15), ("offline", 20)]
+)
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, shape: str, iterations: int) -> None:
     """SIGKILL at a random moment; the checkpoint that is picked is whole, and the metrics are those of the unbroken run."""
-    runs = Shape(shape, tmp_path)
+    runs = Shape(shape, tmp_path, iterations)
     runs.whole()
     found = runs.round(0, random.Random())
     assert found["equal"], found
