@@ -14,6 +14,7 @@ paper's pseudo-code:
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -524,13 +525,14 @@ class Method(Algorithm):
 
         def update(learner: Any, shards: Any = shards) -> Any:
             shard = ray.get(shards[learner._learner_index])
-            return learner.update_from_tensors(shard, timesteps=timesteps, **kwargs)
+            try:
+                return learner.update_from_tensors(shard, timesteps=timesteps, **kwargs)
+            except MobulaError as error:
+                # Raised over there it would take the learner out of service, and a page of traces would stand before its one line.
+                return error
 
         results = self.learner_group.foreach_learner(update)
-        for result in results:
-            if not result.ok:
-                raise result.get()
-        return [result.get() for result in results]
+        return _values(results)
 
     def _shards(self, batch: Batch, shard_axis: int | None) -> list[Rollout]:
         """`batch`, cut for the learners."""
@@ -556,7 +558,12 @@ class Method(Algorithm):
     def get_module(self, module_id: str = DEFAULT_MODULE_ID) -> Any:
         """The module that acts, with the latest weights."""
         if self.env_runner_group is None or self.env_runner_group.num_remote_env_runners():
-            return self.rl_module if self.learner_group.is_local else super().get_module(module_id)
+            if self.learner_group.is_local:
+                return self.rl_module
+            found = self.learner_group.foreach_learner(
+                lambda learner: None if learner._learner_index else copy.deepcopy(learner.rl_module).cpu()
+            )
+            return next(module for module in _values(found) if module is not None)
         self._copy_weights_to(cast(TensorEnvRunner, self.env_runner_group.local_env_runner))
         return super().get_module(module_id)
 
@@ -622,6 +629,15 @@ class Method(Algorithm):
                 runner.resume_at(positions.get(runner.worker_index or 0, {}))
 
             self.env_runner_group.foreach_env_runner(resume)
+
+
+def _values(answers: Any) -> list[Any]:
+    """What learners answered.  Raises what one of them raised or, for a user's mistake, returned."""
+    values = [answer.get() for answer in answers]
+    for value in values:
+        if isinstance(value, Exception):
+            raise value
+    return values
 
 
 def checkpoint_class(path: str | Path) -> str | None:

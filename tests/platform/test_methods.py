@@ -106,6 +106,8 @@ def test_a_closed_form_is_exact_with_one_and_with_two_learners(ray_session: None
     state = algorithm.learner_group.get_state()["learner"]["rl_module"]["default_policy"]
     assert torch.allclose(torch.tensor(state["weights"]), exact_ridge(3))
     assert result["learners"]["default_policy"]["norm"] == pytest.approx(float(exact_ridge(3).norm()))
+    # The module that is exported, in double precision too.
+    torch.testing.assert_close(algorithm.get_module().weights, exact_ridge(3), rtol=1e-12, atol=1e-12)
     algorithm.stop()
 
 
@@ -315,6 +317,20 @@ def test_two_learners_take_the_same_first_step_as_one(ray_session: None) -> None
         algorithm.stop()
     for name, value in weights[0].items():
         np.testing.assert_allclose(value, weights[1][name], atol=2e-5, err_msg=name)
+
+
+def test_with_remote_runners_and_a_remote_learner_the_module_is_the_one_that_was_trained(
+    ray_session: None,
+) -> None:
+    algorithm = ppo(1).learners(num_learners=1, num_cpus_per_learner=0.5).build_algo()
+    for _ in range(2):
+        algorithm.train()
+    trained = algorithm.learner_group.get_weights()["default_policy"]
+    own = algorithm.get_module().state_dict()
+    assert set(trained) <= set(own)
+    for name, value in trained.items():
+        np.testing.assert_array_equal(own[name].numpy(), value, err_msg=name)
+    algorithm.stop()
 
 
 def test_training_goes_on_after_an_env_runner_dies(ray_session: None) -> None:

@@ -745,6 +745,7 @@ def test_learners_share_the_od_pairs(ray_session: None, learners: int, knobs: di
         for _ in range(4):
             result = algorithm.train()
         search = algorithm.search
+        torch.testing.assert_close(algorithm.get_module().y, search.y, rtol=0, atol=0)
         found.append((search.y, search.logits, search.gap, search.paths.listed(), result))
         algorithm.stop()
     (y, logits, gap, paths, result), (y2, logits2, gap2, paths2, result2) = found
@@ -755,6 +756,16 @@ def test_learners_share_the_od_pairs(ray_session: None, learners: int, knobs: di
     for name in ("unrolled", "change", "ild_steps"):
         assert result2[name] == pytest.approx(result[name], rel=1e-8)
     assert float((y[0] - y[1]).abs().max()) > 0 and float(y.abs().max()) > 0
+
+
+def test_a_rate_that_is_too_large_is_said_in_one_line_by_learners_too(ray_session: None) -> None:
+    c = config(network="hearn9", algorithm="dolmd", r=1e307, od_shards=2).learners(num_learners=2)
+    algorithm = c.build_algo()
+    with pytest.raises(TrainingFault, match=r"change r|reduce r") as fault:
+        algorithm.train()
+    assert "\n" not in str(fault.value) and "r=auto gives" in str(fault.value)
+    assert len(algorithm.learner_group._worker_manager.healthy_actor_ids()) == 2
+    algorithm.stop()
 
 
 @pytest.mark.parametrize(
