@@ -326,17 +326,19 @@ class Followers:
         x = self.flows(logits)
         u = self.costs(x)
         least = (self.demand * self.paths.least(self.paths.path_costs(u))).sum(1)
-        if self.part is not None:
-            least = self.part.total(least)
-        return self._agreed(1.0 - least / (x * u).sum(1))
+        return self._agreed(1.0 - self.total(least) / (x * u).sum(1))
 
     def potential(self, logits: Tensor) -> Tensor:
         """Beckmann's Z [B], tolls included."""
         return self._agreed(beckmann(self.roads, self.flows(logits), self.toll, self.capacity_add))
 
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all parts, without a gradient of its own; may be written in place."""
+        return value if self.part is None else self.part.total(value)
+
     def _agreed(self, value: Tensor) -> Tensor:
         """What all parts computed, to the last bit the same: on unlike processors they would else decide differently."""
-        return value if self.part is None else self.part.total(value) / self.part.count
+        return value if self.part is None else self.total(value) / self.part.count
 
     def every_pair(self, value: Tensor) -> Tensor:
         """A value of each OD pair, [B, W]: those of all parts."""
@@ -373,14 +375,12 @@ class _Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, toll: Tensor, add: Tensor, followers: Followers, r: Tensor, steps: int
     ) -> Tensor:
-        paths, part = followers.paths, followers.part
+        paths = followers.paths
         q = followers.demand[:, paths.od]
         kept = []
         for _ in range(steps):
             p = paths.shares(logits)
-            x = paths.link_flows(q * p)
-            if part is not None:
-                x = part.total(x)
+            x = followers.total(paths.link_flows(q * p))
             kept.append((p, x))
             logits = logits - r * paths.path_costs(followers.roads.times(x, add) + toll)
         ctx.kept, ctx.followers, ctx.r, ctx.add, ctx.q = kept, followers, r, add, q
@@ -388,20 +388,13 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        paths, roads, part, r, q = (
-            ctx.followers.paths,
-            ctx.followers.roads,
-            ctx.followers.part,
-            ctx.r,
-            ctx.q,
-        )
+        followers, r, q = ctx.followers, ctx.r, ctx.q
+        paths, roads = followers.paths, followers.roads
         capacity = (roads.capacity + ctx.add).clamp_min(1e-12)
         toll = torch.zeros_like(ctx.add)
         add = torch.zeros_like(ctx.add)
         for p, x in reversed(ctx.kept):
-            du = -paths.link_flows(r * g)
-            if part is not None:
-                du = part.total(du)
+            du = followers.total(-paths.link_flows(r * g))
             steep = du * roads.slopes(x, ctx.add)
             toll += du
             add -= steep * x
