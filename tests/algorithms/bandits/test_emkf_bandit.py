@@ -92,7 +92,7 @@ def test_choices() -> None:
 def played(seeds: list[int], rounds: int = 320, **options: Any) -> tuple[Streams, torch.Tensor, Any]:
     instance = draw_instances(seeds)
     paths = draw_paths(instance, seeds, rounds)
-    streams = Streams(len(seeds), 2, 5, **options)
+    streams = Streams(len(seeds), 2, 5, **{"em_iters": 10, **options})
     chosen, _ = play(streams, paths, seeds)
     return streams, chosen, (instance, paths)
 
@@ -155,7 +155,7 @@ def test_the_order_is_chosen_by_bic() -> None:
         plane[t] = turn @ plane[t - 1] + 0.3 * torch.randn(2, dtype=torch.float64, generator=g)
     noise = 0.3 * torch.randn(2, T, 2, dtype=torch.float64, generator=g)
     y = torch.stack([pole[:, None] * torch.tensor([1.0, 0.5]).double(), plane]) + noise
-    streams = Streams(2, 2, 3, d="bic", em_iters=15)
+    streams = Streams(2, 2, 3, d="bic", em_iters=8)
     streams.t = T + 1
     streams.y = torch.cat([y, y[:, :1]], 1)
     fit, order = streams._select(y, y[..., :0])
@@ -610,7 +610,7 @@ def test_features_must_be_of_what_known_C_fixes() -> None:
 def seasonal(seeds: list[int], rounds: int, **options: Any) -> tuple[Streams, torch.Tensor, Any]:
     instance = draw_instances(seeds, season=7, radius=0.9)
     paths = draw_paths(instance, seeds, rounds)
-    streams = Streams(len(seeds), 2, 5, **options)
+    streams = Streams(len(seeds), 2, 5, **{"em_iters": 10, **options})
     chosen, _ = play(streams, paths, seeds)
     return streams, chosen, (instance, paths)
 
@@ -683,7 +683,7 @@ def test_bic_counts_what_inputs_add() -> None:
 
 
 def config(**knobs: Any) -> Any:
-    made = EMKFBanditConfig().environment("linear_bandit").training(**knobs)
+    made = EMKFBanditConfig().environment("linear_bandit").training(**{"em_iters": 10, **knobs})
     return made.debugging(seed=0, log_level="ERROR")
 
 
