@@ -20,6 +20,20 @@ import torch
 
 torch.set_num_threads(1)
 
+TESTS = Path(__file__).parent
+HOUSE = ("cluster", "dashboards", "platform", "serving")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers (`make test`) one takes the tests of the house, which start Rays and processes of their own, and the other
+    those of methods and environments that need a Ray; the rest goes to whoever is free."""
+    for item in items:
+        if Path(item.path).relative_to(TESTS).parts[0] in HOUSE:
+            item.add_marker(pytest.mark.xdist_group("house"))
+        elif "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("methods"))
+
 
 @pytest.fixture(scope="session")
 def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
