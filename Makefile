@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/mobula train mac --env goal_grid --stop env_steps=20000 --seed 1
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

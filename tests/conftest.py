@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"
@@ -20,19 +21,22 @@ import torch
 
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
-HOUSE = ("cluster", "dashboards", "platform", "serving")
+TOGETHER = ("tests/cluster", "tests/serving")
+"""Folders whose files share what takes long to start."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With two workers (`make test`) one takes the tests of the house, which start Rays and processes of their own, and the other
-    those of methods and environments that need a Ray; the rest goes to whoever is free."""
-    for item in items:
-        if Path(item.path).relative_to(TESTS).parts[0] in HOUSE:
-            item.add_marker(pytest.mark.xdist_group("house"))
-        elif "ray_session" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("methods"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers (`--numprocesses`) take a file at a time, or one of the folders above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder in TOGETHER else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,21 @@ def test_an_interrupted_run_goes_on_exactly(ray_session: None, tmp_path: Path, n
 @pytest.mark.parametrize(
     ("shape", "iterations"), [("continuing", 25), ("on-policy, two runners", 15), ("offline", 20)]
 )
-def test_a_killed_run_goes_on_exactly(tmp_path: Path, shape: str, iterations: int) -> None:
+def test_a_killed_run_goes_on_exactly(ray_session: None, tmp_path: Path, shape: str, iterations: int) -> None:
     """SIGKILL at a random moment; the checkpoint that is picked is whole, and the metrics are those of the unbroken run."""
     runs = Shape(shape, tmp_path, iterations)
-    runs.whole()
+    times: list[float] = []
+    runs.rows = running.train(
+        config(shape),
+        stop={"iterations": iterations},
+        out=tmp_path / "whole",
+        checkpoint_every=1,
+        keep=2,
+        track=False,
+        evaluate=False,
+        progress=lambda row, share: times.append(time.time()),
+    ).rows
+    runs.seconds = times[-1] - times[0]
     found = runs.round(0, random.Random())
     assert found["equal"], found
     assert found["resumed from"] <= found["killed after"] + 1
