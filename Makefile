@@ -30,7 +30,8 @@ demo: $(STAMP)
 	$(BIN)/mobula train mac --env goal_grid --stop env_steps=20000 --seed 1
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/algorithms tests/dashboards tests/envs
+	$(BIN)/python -m pytest tests/cluster tests/platform tests/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

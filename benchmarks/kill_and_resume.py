@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not any(word in k for word in clocks)} for row in rows]
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def resume_in_a_process(path: Path) -> None:
+    """The run of folder `path`, as `mobula train --resume` goes on with it."""
+    command = [sys.executable, "-m", "mobula.cli", "train", "--resume", str(path), "-q"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
 class Shape:
     """A run of one shape: `whole` is left alone, `round` is killed and resumed.  iterations: None for those of RUNS."""
 
@@ -133,7 +146,9 @@ class Shape:
         # From its first iteration to its last: a kill before has nothing to go on with, one after finds the run done.
         self.seconds = (path / "progress.jsonl").stat().st_mtime - began
 
-    def round(self, index: int, rng: random.Random) -> dict[str, Any]:
+    def round(
+        self, index: int, rng: random.Random, resume: Callable[[Path], object] = resume_in_a_process
+    ) -> dict[str, Any]:
         """Killed at a random moment of its training, then resumed."""
         out = self.folder / f"killed{index}"
         process = self._start(out)
@@ -145,7 +160,7 @@ class Shape:
         _, checkpoint = running.newest_checkpoint(path)
         ended = json.loads((path / "run.json").read_text())["status"] == "done"
         if not ended:
-            run([sys.executable, "-m", "mobula.cli", "train", "--resume", str(path), "-q"])
+            resume(path)
         rows = running.read_progress(path)
         return {
             "shape": self.name,
@@ -155,16 +170,6 @@ class Shape:
             "ended before the kill": ended,
             "equal": len(rows) == self.iterations and comparable(rows) == comparable(self.rows),
         }
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def main() -> int:

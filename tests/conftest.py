@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"
@@ -20,23 +19,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-
-TOGETHER = ("tests/cluster", "tests/serving")
-"""Folders whose files share what takes long to start."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers (`--numprocesses`) take a file at a time, or one of the folders above."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder = file.rpartition("/")[0]
-            return folder if folder in TOGETHER else file
-
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_exactly(ray_session: None, tmp_path: Path, shape: 
         progress=lambda row, share: times.append(time.time()),
     ).rows
     runs.seconds = times[-1] - times[0]
-    found = runs.round(0, random.Random())
+    found = runs.round(0, random.Random(), running.resume)
     assert found["equal"], found
     assert found["resumed from"] <= found["killed after"] + 1
     (path,) = (runs.folder / "killed0").glob("2*")
