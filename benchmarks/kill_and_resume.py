@@ -70,7 +70,7 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "bilevel": ({"method": "stackelberg_congestion"}, 20),
     "continuing": ({"method": "mac", "env": "goal_grid"}, 100),
     # Ended between two refits, so that what the last one found must be in the state.
-    "closed form": ({"method": "emkf_bandit", "settings": {"report_every": 80}}, 25),
+    "closed form": ({"method": "emkf_bandit", "settings": {"report_every": 80, "em_iters": 10}}, 25),
     "population": ({"method": "mrpg", "settings": {"batch": 50, "inner_iters": 20, "chunk": 50}}, 20),
     "game": ({"method": "fictitious_play_po", "settings": {"episodes": 400, "report_every": 10}}, 40),
     "networks of a game": (

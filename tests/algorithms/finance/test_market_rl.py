@@ -240,7 +240,7 @@ def test_an_agent_s_copy_acts_as_the_agent(ray_session: None) -> None:
         algorithm.stop()
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(ray_session: None) -> None:
     with pytest.raises(ConfigError, match="unknown family 'ddqn'"):
         config(algo_families=["ppo", "ddqn"]).validate()
     with pytest.raises(ConfigError, match="names each family once"):
