@@ -187,13 +187,13 @@ def test_training_across_hosts_goes_on_when_one_is_cut_off_and_killed(hosts: Hos
     address = f"{hosts.address(0)}:6399"
     # mac, with nothing going wrong.
     first = hosts.mobula(
-        ["train", "mac", "--env", "goal_grid", "--iterations", "40", *options(tmp_path / "mac", address)]
+        ["train", "mac", "--env", "goal_grid", "--iterations", "8", *options(tmp_path / "mac", address)]
     )
     wait_for("mac trained", lambda: first.poll() is not None, 400, hosts)
     assert first.returncode == 0, (hosts.folder / "mobula.log").read_text()
     (mac,) = (tmp_path / "mac").glob("2*")
     rows = running.read_progress(mac)
-    assert len(rows) == 40 and rows[-1]["fault_tolerance/num_healthy_workers"] == 2
+    assert len(rows) == 8 and rows[-1]["fault_tolerance/num_healthy_workers"] == 2
 
     # PPO, while the last host is cut off and, when it is given up, killed.
     second = hosts.mobula(

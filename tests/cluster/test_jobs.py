@@ -46,14 +46,14 @@ def test_a_job_trains_with_the_tree_that_it_was_sent_from(cluster: LocalCluster,
     """Two env runners, one on each node; the log is streamed, the status returned, the run kept where it was asked for."""
     done = mobula(
         *("submit", "--address", cluster.jobs_address, "--", "train", "mac", "--env", "goal_grid"),
-        *("--num-env-runners", "2", "--placement", "env_runners.resources={room: 1}", "--iterations", "20"),
+        *("--num-env-runners", "2", "--placement", "env_runners.resources={room: 1}", "--iterations", "4"),
         *("--seed", "1", "--no-track", "-q", "--out", str(tmp_path)),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = tmp_path.glob("2*")
     assert str(run) in done.stdout
     rows = running.read_progress(run)
-    assert len(rows) == 20 and rows[-1]["fault_tolerance/num_healthy_workers"] == 2
+    assert len(rows) == 4 and rows[-1]["fault_tolerance/num_healthy_workers"] == 2
 
 
 def test_a_user_s_mistake_is_the_job_s_exit_status(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def typed(
         code = 0
         try:
             cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
         said = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
