@@ -333,6 +333,23 @@ def test_with_remote_runners_and_a_remote_learner_the_module_is_the_one_that_was
     algorithm.stop()
 
 
+def test_training_goes_on_after_an_env_runner_dies(ray_session: None) -> None:
+    import ray
+
+    algorithm = ppo(2).build_algo()
+    algorithm.train()
+    manager = algorithm.env_runner_group._worker_manager
+    ray.kill(manager.actors()[1], no_restart=False)
+    # The lost runner is left out of some iterations (a busy machine starts a process slowly), and then samples again.
+    steps: list[int] = []
+    while len(steps) < 8 or (steps[-1] < 2 * 16 * 128 and len(steps) < 500):
+        steps.append(algorithm.train()["env_runners"]["num_env_steps_sampled"])
+    assert min(steps) >= 16 * 128
+    assert steps[-1] == 2 * 16 * 128
+    assert algorithm.env_runner_group.num_healthy_remote_workers() == 2
+    algorithm.stop()
+
+
 def test_faults_of_remote_environments_reach_the_user(ray_session: None) -> None:
     from mobula.errors import EnvironmentFault
 

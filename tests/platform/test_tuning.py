@@ -186,7 +186,7 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
         ),
         *(
             "-n",
-            "3",
+            "4",
             "--only",
             "eta_mult",
             "--scheduler",
@@ -225,9 +225,9 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_trial(tmp_path: Pa
     )
     assert study.returncode == 0, study.stderr
     trials = json.loads((folder / "trials.json").read_text())
-    assert len(trials) == 3 and len({t["name"] for t in trials}) == 3
+    assert len(trials) == 4 and len({t["name"] for t in trials}) == 4
     assert {t["status"] for t in trials} == {"done"} and {t["iterations"] for t in trials} == {8}
-    assert len({t["settings"]["eta_mult"] for t in trials}) == 3
+    assert len({t["settings"]["eta_mult"] for t in trials}) == 4
     # What had ended before the kill was not touched again.
     again = finished(tmp_path)
     assert all(again[name] == when for name, when in ended.items())
